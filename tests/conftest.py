@@ -1,0 +1,38 @@
+"""Set up once for every test: run-time shape checks, one shared compilation cache, torchvision beside a CPU torch."""
+
+import os
+import tempfile
+
+import jax
+import jaxtyping
+import pytest
+
+# Shapes and dtypes in the signatures of jaxalign are checked while tests run (and only then).
+jaxtyping.install_import_hook("jaxalign", "beartype.beartype")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_CACHE = os.environ.get("JAXALIGN_TEST_CACHE", os.path.join(tempfile.gettempdir(), "jaxalign-test-cache"))
+jax.config.update("jax_compilation_cache_dir", _CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _define_torchvision_ops():
+    """torchvision's extension is built for CUDA's torch; beside a CPU torch its import needs these two schemas."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+_TORCHVISION_OPS = _define_torchvision_ops()  # the schemas live as long as this reference
+
+
+@pytest.fixture(autouse=True)
+def _clean_matmul_precision():
+    """Parity tests want true fp32 matmuls on every platform."""
+    with jax.default_matmul_precision("highest"):
+        yield
