@@ -1,0 +1,105 @@
+"""A manifest makes a folder checkable: size and digest of every file in it, written last and atomically.
+
+Orbax does not notice changed array bytes (measured: 25 of 25 flipped bits were restored silently), so a
+checkpoint counts as one only while its manifest exists and agrees with its files. A crash at any earlier
+moment leaves a folder without a manifest, which nobody picks.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+NAME = "manifest.json"
+FORMAT = 1  # raised when an older reader could not make sense of a checkpoint any more
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes (or a folder's entries) are on the disk; OSError if they cannot be."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old one or the new one and nothing between.
+
+    Raises OSError (the old file is then untouched and the temporary one removed).
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Commit a folder: force its files to disk, then write their sizes and digests; raises OSError.
+
+    One file after the other: this runs beside the training step and shall not take its cores.
+    """
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != NAME:
+            sync(path)
+            files[path.relative_to(folder).as_posix()] = {
+                "size": path.stat().st_size,
+                "blake2b": _digest(path),
+            }
+    for path in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
+        sync(path)
+    write_atomic(
+        folder / NAME, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
+    )
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder, in words for a person; None when every file is as its manifest says.
+
+    Files that the manifest does not list are nobody's business (a file manager's or a network disk's own).
+    """
+    try:
+        manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        written, files = manifest["format"], manifest["files"]
+        expected = {name: (entry["size"], entry["blake2b"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return "it has no manifest: saving it never finished"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({type(error).__name__})"
+    if written != FORMAT:
+        return f"its format is {written!r}, this version reads {FORMAT}"
+    if not expected:
+        return "its manifest lists no files"
+
+    def check(item: tuple[str, tuple[int, str]]) -> str | None:
+        name, (size, digest) = item
+        try:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            return None if _digest(folder / name) == digest else f"{name} has changed bytes"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror or error})"
+
+    # Several at once: this one is waited for, and hashing leaves Python's lock.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        wrong = [message for message in pool.map(check, expected.items()) if message]
+    if not wrong:
+        return None
+    return wrong[0] + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")

@@ -1,0 +1,164 @@
+"""Device meshes and sharding rules: which array lives on which device, decided by parameter paths.
+
+The axes are always these four, in this order, whatever their sizes (design.md, "Flax, the pure way"):
+
+    data      copies of the model, each with its own rows of the batch
+    fsdp      parameters, gradients and optimizer states cut into pieces; the batch is split over it too
+    context   the tokens of one clip
+    tensor    heads and hidden channels of one layer
+
+Meshes are Auto: XLA propagates the shardings and inserts the collectives; model code stays free of meshes.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")  # the rows of a batch are spread over both
+PARAMETER_AXES = ("fsdp", "tensor")  # the axes that can cut a parameter
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """The Auto mesh over `devices` (default: all, of every process); an axis of -1 takes what is left.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
+    wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    if any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh ({wanted}): every size must be a positive number, or -1 to take what is left")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh ({wanted}): only one axis can be -1; give {' or '.join(free)} a number")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % fixed or (not free and len(devices) != fixed):
+        remedy = "" if free else "; set one axis to -1 to let it fill"
+        raise ValueError(f"mesh ({wanted}) does not fit {len(devices)} device(s): needs {fixed}{remedy}")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """The dotted name of a leaf, e.g. `params.blocks.attn.qkv.kernel`.
+
+    `path` is a key path of `jax.tree_util`. NNX variables add a last `.value`, which is stripped: a name is
+    the same for a module, for its gradients and for a plain dict of arrays.
+    """
+    parts = []
+    for key in path:
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            parts.append(key.name)
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            parts.append(str(key.idx))
+        else:  # DictKey, FlattenedIndexKey
+            parts.append(str(key.key))
+    if len(parts) > 1 and parts[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        parts.pop()
+    return ".".join(parts)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by dotted name, in tree order; ValueError if two leaves get the same name."""
+    leaves: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = path_name(path)
+        if name in leaves:
+            raise ValueError(f"two leaves of the tree are both called {name!r}: rename one of them")
+        leaves[name] = leaf
+    return leaves
+
+
+def _fitting(axes: Any, size: int, mesh: Mesh) -> Any:
+    """The leading axes of one entry of a spec that divide a dimension; None when even the first does not."""
+    names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    kept: list[str] = []
+    for name in names:
+        if size % math.prod(mesh.shape[axis] for axis in (*kept, name)):
+            break
+        kept.append(name)
+    if not kept:
+        return None
+    return kept[0] if len(kept) == 1 else tuple(kept)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `tree` (arrays or ShapeDtypeStructs), in the same structure.
+
+    `rules` is an ordered list of (regex, PartitionSpec); the first regex found anywhere in the leaf's
+    dotted name wins, so one list serves parameters, EMA and optimizer moments alike. A leaf no rule matches
+    is replicated (`coverage` complains if that was much), and so is a dimension that the axis sizes do not
+    divide. Raises ValueError for a spec with more entries than the leaf has dimensions or with an unknown
+    axis.
+    """
+    compiled = [(re.compile(pattern), spec) for pattern, spec in rules]
+    for pattern, spec in compiled:
+        for axes in spec:
+            unknown = {axes} if isinstance(axes, str) else set(axes or ())
+            if unknown := unknown - set(mesh.axis_names):
+                raise ValueError(
+                    f"sharding rule {pattern.pattern!r}: no mesh axis called {', '.join(sorted(unknown))};"
+                    f" the axes are {', '.join(mesh.axis_names)}"
+                )
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name, shape = path_name(path), tuple(getattr(leaf, "shape", ()))
+        pattern, spec = next(((p, s) for p, s in compiled if p.search(name)), (None, PartitionSpec()))
+        if len(spec) > len(shape):
+            raise ValueError(f"sharding rule {pattern.pattern!r}: {spec} is too long for {name}, {shape}")
+        entries = [_fitting(axes, size, mesh) for axes, size in zip(spec, shape, strict=False)]
+        while entries and entries[-1] is None:  # P(None, None) places as P() does: keep one spelling
+            entries.pop()
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def coverage(tree: Any, placed: Any, mesh: Mesh, *, limit: float = 0.02) -> float:
+    """The fraction of parameters (elements) that no axis cuts, on a mesh that could; 0.0 on any other.
+
+    `tree` and `placed` are as in and out of `shardings`. Raises ValueError with the largest offenders when
+    the fraction exceeds `limit`: a regex that stopped matching would otherwise cost memory silently.
+    """
+    if all(mesh.shape[axis] == 1 for axis in PARAMETER_AXES):
+        return 0.0
+    total, whole = 0, {}
+    where = named_leaves(placed)
+    for name, leaf in named_leaves(tree).items():
+        size = math.prod(getattr(leaf, "shape", ()))
+        total += size
+        if where[name].shard_shape(tuple(leaf.shape)) == tuple(leaf.shape):
+            whole[name] = size
+    fraction = sum(whole.values()) / max(total, 1)
+    if fraction > limit:
+        worst = sorted(whole, key=whole.__getitem__, reverse=True)
+        names = ", ".join(f"{name} ({whole[name]:,})" for name in worst[:8])
+        more = f" and {len(worst) - 8} more" if len(worst) > 8 else ""
+        raise ValueError(
+            f"{fraction:.1%} of the parameters are left whole on a mesh with"
+            f" {', '.join(f'{axis}={mesh.shape[axis]}' for axis in PARAMETER_AXES)}"
+            f" (limit {limit:.0%}): {names}{more};"
+            " add sharding rules for them or set mesh.fsdp=1 and mesh.tensor=1"
+        )
+    return fraction
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The placement of a batch: the leading dimension over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The placement of something that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
