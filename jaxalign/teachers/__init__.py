@@ -69,9 +69,7 @@ def load(
         weights = _packaged(name, entry)
     if not isinstance(weights, Mapping):
         if not Path(weights).exists():
-            raise FileNotFoundError(
-                f"teacher {name}: no file {weights}; it wants {entry.file}: {entry.remedy}"
-            )
+            raise FileNotFoundError(f"teacher {name}: no file {weights}; it wants {entry.file}: {entry.remedy}")
         weights = weight_files.open_weights(weights, key=entry.key)
     return mapping.load_state_dict(module, weights, entry.rules, dtype=dtype, sharding=sharding)
 

@@ -1,0 +1,356 @@
+"""One engine that carries weights between NNX modules and PyTorch state dicts, both ways, for every network.
+
+Names come from the module's own attributes; `rules.py` says what a model's table may add. Import works leaf
+by leaf on an abstract module (`jax.eval_shape`), so the peak is the model plus one leaf, or plus one shard of
+a leaf where leaves go straight into a sharding.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from jaxalign.interop.dtypes import is_floating
+from jaxalign.interop.rules import Fixed, Ignored, Join, Rename, Reshape, Rule, Split, Stack, Tied, Transpose
+
+Module = TypeVar("Module")
+
+_WEIGHT = ("kernel", "scale", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """One upstream array (or one part of one) as a place in one leaf.
+
+    upstream = leaf[box].reshape(without the stacked axes).transpose(axes).reshape(shape)
+    """
+
+    leaf: str
+    dtype: np.dtype
+    name: str
+    box: tuple[tuple[int, int], ...]  # start and stop on every axis of the leaf
+    stacked: int = 0  # this many leading axes of the box have extent 1 and are dropped
+    axes: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    reshaped: bool = False
+    part: tuple[int, int] | None = None  # (axis, position) in an upstream array that several leaves make up
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Extents in the leaf's own axis order, stacked axes dropped."""
+        return tuple(stop - start for start, stop in self.box[self.stacked :])
+
+    def outward(self, leaf: np.ndarray) -> np.ndarray:
+        """The upstream array, from the leaf."""
+        array = leaf[tuple(slice(*bounds) for bounds in self.box)].reshape(self.inner)
+        return array.transpose(self.axes).reshape(self.shape)
+
+    def inward(self, array: np.ndarray) -> np.ndarray:
+        """The leaf's box, from the upstream array: a view wherever the reshapes allow one."""
+        array = array.reshape([self.inner[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
+        return array.reshape([stop - start for start, stop in self.box])
+
+
+# ---- leaf -> pieces ----------------------------------------------------------------------------------------
+
+
+def _leaves(module: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """(dotted path, leaf) of every leaf, and the tree's structure."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(module)
+
+    def part(entry) -> str:
+        return str(next(getattr(entry, a) for a in ("name", "key", "idx") if hasattr(entry, a)))
+
+    named = []
+    for path, leaf in flat:
+        parts = [part(entry) for entry in path]
+        if parts and parts[-1] == "value":  # how an nnx.Variable's content shows in a path
+            parts.pop()
+        named.append((".".join(parts), leaf))
+    return named, treedef
+
+
+def _stack(piece: _Piece, rule: Stack) -> list[_Piece]:
+    match = re.match(rf"{rule.path}\.", piece.name)
+    if not match:
+        return [piece]
+    prefix = match.expand(rule.name) if rule.name is not None else match.group()[:-1]
+    rest, child = piece.name[match.end() :], 0
+    if rule.children > 1:
+        digit, _, rest = rest.partition(".")
+        if not digit.isdigit() or int(digit) >= rule.children:
+            raise ValueError(f"{rule}: leaf {piece.leaf} has no child 0..{rule.children - 1} there")
+        child = int(digit)
+    if piece.stacked >= len(piece.box):
+        raise ValueError(f"{rule}: leaf {piece.leaf} has no axis left that could be a stack")
+    axis, pieces = piece.stacked, []
+    for index in range(piece.box[axis][1]):
+        box = (*piece.box[:axis], (index, index + 1), *piece.box[axis + 1 :])
+        name = f"{prefix}.{rule.start + rule.children * index + child}.{rest}"
+        pieces.append(dataclasses.replace(piece, name=name, box=box, stacked=axis + 1))
+    return pieces
+
+
+def _turn(piece: _Piece) -> _Piece:
+    """Names the leaf as PyTorch would and turns a kernel's axes by rank."""
+    head, _, last = piece.name.rpartition(".")
+    rank = len(piece.inner)
+    axes = tuple(range(rank))
+    if last == "kernel" and rank >= 2:
+        axes = (rank - 1, rank - 2, *range(rank - 2))
+    name = f"{head}.weight" if head and last in _WEIGHT else "weight" if last in _WEIGHT else piece.name
+    shape = tuple(piece.inner[axis] for axis in axes)
+    return dataclasses.replace(piece, name=name, axes=axes, shape=shape)
+
+
+def _apply(piece: _Piece, rule: Rule) -> list[_Piece]:
+    if isinstance(rule, Rename):
+        return [dataclasses.replace(piece, name=re.sub(rule.pattern, rule.to, piece.name))]
+    if not isinstance(rule, (Transpose, Reshape, Split, Join)):
+        return [piece]
+    match = re.fullmatch(rule.pattern, piece.name)
+    if not match:
+        return [piece]
+    if piece.reshaped and not isinstance(rule, Join):
+        raise ValueError(f"{rule}: leaf {piece.leaf} was reshaped before; put Reshape last for it")
+    if isinstance(rule, Transpose):
+        if sorted(rule.axes) != list(range(len(piece.axes))):
+            raise ValueError(f"{rule}: leaf {piece.leaf} has shape {piece.shape} here")
+        axes = tuple(piece.axes[axis] for axis in rule.axes)
+        return [dataclasses.replace(piece, axes=axes, shape=tuple(piece.inner[axis] for axis in axes))]
+    if isinstance(rule, Reshape):
+        known, size = math.prod(n for n in rule.shape if n >= 0), math.prod(piece.shape)
+        shape = tuple(size // known if n < 0 and known else n for n in rule.shape)
+        if math.prod(shape) != size:
+            raise ValueError(f"{rule}: leaf {piece.leaf} has shape {piece.shape} here")
+        return [dataclasses.replace(piece, shape=shape, reshaped=True)]
+    if isinstance(rule, Join):
+        if match["part"] not in rule.order:
+            raise ValueError(f"{rule}: leaf {piece.leaf} is part {match['part']!r}, not in order")
+        part = (rule.axis, rule.order.index(match["part"]))
+        return [dataclasses.replace(piece, name=match.expand(rule.name), part=part)]
+    axis, count = piece.stacked + piece.axes[rule.axis], len(rule.names)
+    start, stop = piece.box[axis]
+    if (stop - start) % count:
+        raise ValueError(f"{rule}: leaf {piece.leaf} has {stop - start} there, no multiple of {count}")
+    step, pieces = (stop - start) // count, []
+    for index, name in enumerate(rule.names):
+        box = (*piece.box[:axis], (start + index * step, start + (index + 1) * step), *piece.box[axis + 1 :])
+        cut = dataclasses.replace(piece, name=match.expand(name), box=box)
+        pieces.append(dataclasses.replace(cut, shape=tuple(cut.inner[a] for a in cut.axes)))
+    return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    leaves: list[tuple[str, Any]]
+    treedef: Any
+    pieces: dict[str, list[_Piece]]  # by upstream name, parts in order
+    fixed: dict[str, Fixed]
+    tied: dict[str, str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        pieces = self.pieces[name]
+        shape = list(pieces[0].shape)
+        if pieces[0].part:
+            axis = pieces[0].part[0]
+            shape[axis] = sum(piece.shape[axis] for piece in pieces)
+        return tuple(shape)
+
+
+def _plan(module: Any, rules: Sequence[Rule]) -> _Plan:
+    leaves, treedef = _leaves(module)
+    by_name: dict[str, list[_Piece]] = {}
+    for path, leaf in leaves:
+        pieces = [_Piece(path, np.dtype(leaf.dtype), path, tuple((0, n) for n in leaf.shape))]
+        for rule in rules:
+            if isinstance(rule, Stack):
+                pieces = [new for piece in pieces for new in _stack(piece, rule)]
+        pieces = [_turn(piece) for piece in pieces]
+        for rule in rules:
+            pieces = [new for piece in pieces for new in _apply(piece, rule)]
+        for piece in pieces:
+            by_name.setdefault(piece.name, []).append(piece)
+    for name, pieces in by_name.items():
+        pieces.sort(key=lambda piece: piece.part or (0, 0))
+        places = [piece.part[1] if piece.part else 0 for piece in pieces]
+        if places != list(range(len(pieces))):
+            leaves_of = ", ".join(piece.leaf for piece in pieces[:4])
+            raise ValueError(f"the rules make {name!r} out of {leaves_of}: twice the same part, or one lacks")
+    fixed: dict[str, Fixed] = {}
+    for rule in rules:
+        if isinstance(rule, Fixed) and rule.where is None:
+            fixed[rule.name] = rule
+        elif isinstance(rule, Fixed):
+            fixed |= {m.expand(rule.name): rule for name in by_name if (m := re.fullmatch(rule.where, name))}
+    tied = {rule.name: rule.source for rule in rules if isinstance(rule, Tied)}
+    return _Plan(leaves, treedef, by_name, fixed, tied)
+
+
+# ---- the public functions ----------------------------------------------------------------------------------
+
+
+def upstream_shapes(module: Any, rules: Sequence[Rule] = ()) -> dict[str, jax.ShapeDtypeStruct]:
+    """Upstream's keys with shapes and dtypes, for a module or an abstract one; allocates no leaf."""
+    plan = _plan(module, rules)
+    shapes = {n: jax.ShapeDtypeStruct(plan.shape(n), ps[0].dtype) for n, ps in plan.pieces.items()}
+    shapes |= {n: jax.ShapeDtypeStruct((a := rule.array()).shape, a.dtype) for n, rule in plan.fixed.items()}
+    return shapes | {name: shapes[source] for name, source in plan.tied.items()}
+
+
+def state_dict(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> dict[str, np.ndarray]:
+    """PyTorch state dict of a module: arrays of their own in upstream's names, axes and order.
+
+    `dtype` casts the floating ones. Leaves are fetched one by one.
+    """
+    plan = _plan(module, rules)
+    by_leaf: dict[str, list[_Piece]] = {}
+    for piece in (piece for pieces in plan.pieces.values() for piece in pieces):
+        by_leaf.setdefault(piece.leaf, []).append(piece)
+    arrays: dict[str, Any] = dict.fromkeys(plan.pieces)  # fixes the order of the keys
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for path, leaf in plan.leaves:
+        host = np.asarray(leaf)
+        if dtype is not None and is_floating(host.dtype):
+            host = host.astype(dtype)
+        for piece in by_leaf[path]:
+            array = np.array(piece.outward(host), order="C")
+            if piece.part:
+                parts.setdefault(piece.name, {})[piece.part[1]] = array
+            else:
+                arrays[piece.name] = array
+    for name, found in parts.items():
+        arrays[name] = np.concatenate([found[i] for i in sorted(found)], plan.pieces[name][0].part[0])
+    arrays |= {name: rule.array() for name, rule in plan.fixed.items()}
+    return arrays | {name: arrays[source].copy() for name, source in plan.tied.items()}
+
+
+def load_state_dict(
+    module: Module,
+    weights: Mapping[str, np.ndarray],
+    rules: Sequence[Rule] = (),
+    *,
+    dtype: Any = None,
+    sharding: Any = None,
+) -> Module:
+    """The module with its leaves taken from a PyTorch state dict; `module` may be abstract (jax.eval_shape).
+
+    `weights` maps names to arrays or lazy views. Leaves keep the module's dtypes, or floating ones become
+    `dtype`. `sharding`: one jax Sharding for all leaves, a pytree of them shaped like the module, or a
+    function (dotted leaf path, shape) -> Sharding or None; each device then reads only its part of the file.
+    Raises ValueError that lists keys nothing takes, leaves nothing fills, shapes that differ, tables that
+    differ.
+    """
+    plan = _plan(module, rules)
+    _check(plan, weights, rules)
+    by_leaf: dict[str, list[_Piece]] = {}
+    for piece in (piece for pieces in plan.pieces.values() for piece in pieces):
+        by_leaf.setdefault(piece.leaf, []).append(piece)
+    place = _placement(sharding, plan)
+    loaded = []
+    for path, leaf in plan.leaves:
+        target = np.dtype(dtype) if dtype is not None and is_floating(leaf.dtype) else np.dtype(leaf.dtype)
+        sources = [(piece, _source(plan, weights, piece)) for piece in by_leaf[path]]
+        loaded.append(_place(sources, leaf.shape, target, place(path, leaf.shape)))
+    return jax.tree_util.tree_unflatten(plan.treedef, loaded)
+
+
+# ---- import in detail --------------------------------------------------------------------------------------
+
+
+def _source(plan: _Plan, weights: Mapping[str, np.ndarray], piece: _Piece) -> Callable[[], np.ndarray]:
+    """Gives the leaf's box as upstream's file has it. Called late: a lazy mapping makes its view then."""
+
+    def get() -> np.ndarray:
+        array = np.asarray(weights[piece.name])
+        if piece.part:
+            axis, position = piece.part
+            start = sum(other.shape[axis] for other in plan.pieces[piece.name][:position])
+            index = [slice(None)] * array.ndim
+            index[axis] = slice(start, start + piece.shape[axis])
+            array = array[tuple(index)]
+        return piece.inward(array)
+
+    return get
+
+
+def _place(sources: list, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
+    """Fills a leaf, or each device's part of it, from the pieces that overlap it."""
+
+    def fill(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+        out = np.empty([stop - start for start, stop in bounds], dtype)
+        for piece, get in sources:
+            both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, piece.box, strict=True)]
+            if all(start < stop for start, stop in both) or not shape:
+                there = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, bounds, strict=True))
+                here = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, piece.box, strict=True))
+                out[there] = get()[here]
+        return out
+
+    if sharding is None:
+        return jax.device_put(fill(tuple(slice(None) for _ in shape)))
+    return jax.make_array_from_callback(shape, sharding, fill)
+
+
+def _placement(sharding: Any, plan: _Plan) -> Callable[[str, tuple[int, ...]], Any]:
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        return lambda path, shape: sharding
+    if jax.tree_util.tree_structure(sharding) == plan.treedef:
+        by_path = {path: leaf for (path, _), leaf in zip(plan.leaves, jax.tree_util.tree_leaves(sharding), strict=True)}
+        return lambda path, shape: by_path[path]
+    if callable(sharding):
+        return sharding
+    raise ValueError("sharding= must be a Sharding, a pytree of them shaped like the module, or a function")
+
+
+def _check(plan: _Plan, weights: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> None:
+    """Compares keys, shapes, kinds of numbers and fixed tables before a single leaf is filled."""
+    known = plan.pieces.keys() | plan.fixed.keys() | plan.tied.keys()
+    ignored = [re.compile(rule.pattern) for rule in rules if isinstance(rule, Ignored)]
+    extra = [name for name in weights if name not in known and not any(p.fullmatch(name) for p in ignored)]
+    missing = [name for name in plan.pieces if name not in weights]
+    wrong = []
+    for name in plan.pieces:
+        if name in weights:
+            array, piece = weights[name], plan.pieces[name][0]
+            if tuple(array.shape) != plan.shape(name):
+                wrong.append(f"{name} (file {tuple(array.shape)}, model {plan.shape(name)})")
+            elif is_floating(array.dtype) != is_floating(piece.dtype):
+                wrong.append(f"{name} (file {array.dtype}, model {piece.dtype})")
+    for name, rule in plan.fixed.items():
+        if name in weights:
+            array, table = np.asarray(weights[name]), rule.array()
+            if array.shape != table.shape:
+                wrong.append(f"{name} (file {array.shape}, model {table.shape})")
+            elif rule.check and not np.allclose(array.astype(table.dtype), table, rtol=0, atol=rule.atol):
+                wrong.append(f"{name} (its values differ from the table that the model computes)")
+    for name, source in plan.tied.items():
+        if name in weights and source in weights and not np.array_equal(weights[name], weights[source]):
+            wrong.append(f"{name} (differs from {source}, with which it is tied)")
+    if problems := [
+        f"{len(names)} {what}: {_few(names)}"
+        for names, what in (
+            (extra, "keys of the file that the model has no place for"),
+            (missing, "keys that the model needs and the file lacks"),
+            (wrong, "keys that do not fit"),
+        )
+        if names
+    ]:
+        # DataParallel and bigger networks put a prefix before every name; say so instead of listing them all.
+        prefixed = (name for name in extra if missing and name.endswith("." + missing[0]))
+        stem = next(prefixed, "").removesuffix(missing[0] if missing else "")
+        if stem and all(stem + name in weights for name in missing):
+            problems.append(f"every key starts with {stem!r}: open the file with prefix={stem!r}")
+        source = getattr(weights, "source", None)
+        where = f"{source}: " if source else ""
+        raise ValueError(f"{where}these weights do not fit the model ({len(plan.pieces)} keys): {'; '.join(problems)}")
+
+
+def _few(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,246 @@
+"""Unpickling that can build tensors, containers and numbers, and nothing else.
+
+A pickle is a program: GLOBAL and STACK_GLOBAL name any importable object and REDUCE calls it. Two fences
+stand here. First the whole opcode stream is read without running it, and every opcode or name outside a short
+list is refused. Then the standard unpickler runs with a `find_class` that imports nothing: it returns this
+module's own inert objects, whose `__setstate__` refuses, so that no attribute of anything can be set either.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxalign.interop.dtypes import TORCH, TORCH_STORAGE
+
+# Opcodes that push numbers, strings and containers, plus the four that state dicts need to rebuild tensors.
+# Left out on purpose: INST, OBJ, NEWOBJ, NEWOBJ_EX (make instances), EXT1/2/4 (take objects out of a
+# process-wide cache without asking find_class), sets, bytes and out-of-band buffers.
+_ALLOWED = """
+    PROTO FRAME STOP MARK POP POP_MARK DUP NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1
+    LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE
+    BINUNICODE8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT
+    SETITEM SETITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE
+    BUILD BINPERSID
+"""
+_OPCODES = frozenset(_ALLOWED.split())
+
+
+class Damaged(ValueError):
+    """The bytes are not a whole, well-formed pickle."""
+
+
+class Refused(ValueError):
+    """The pickle wants something other than tensors, containers and numbers."""
+
+
+class _Inert:
+    """Base of everything `find_class` may return: BUILD finds this `__setstate__` before any attribute."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state):
+        raise Refused(f"setting the state of a {type(self).__name__.strip('_')}")
+
+
+class _StateDict(dict):
+    """Stands in for OrderedDict. PyTorch hangs `_metadata` (version numbers) on it, which is dropped here."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state):
+        pass
+
+
+class _Callable(_Inert):
+    """The only callable a pickle can meet."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *args):
+        return self._function(*args)
+
+
+class StorageType(_Inert):
+    """A typed (or, with `dtype=None`, untyped) storage class of PyTorch, as a name in a persistent id."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype | None):
+        self.dtype = dtype
+
+
+class DType(_Inert):
+    """A dtype object of PyTorch, as an argument of _rebuild_tensor_v3."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype):
+        self.dtype = dtype
+
+
+class Storage(_Inert):
+    """Bytes in the file: `length` elements of `dtype`, from element `start` of the storage called `key`."""
+
+    __slots__ = ("dtype", "key", "length", "start")
+
+    def __init__(self, key: str, dtype: np.dtype | None, length: int, start: int = 0):
+        self.key, self.dtype, self.length, self.start = key, dtype, length, start
+
+
+class Tensor(_Inert):
+    """A strided window on a storage. Sizes, strides and offset count elements of `dtype`."""
+
+    __slots__ = ("dtype", "offset", "shape", "storage", "strides")
+
+    def __init__(self, storage: Storage, dtype: np.dtype, offset: int, shape: tuple, strides: tuple):
+        self.storage, self.dtype, self.offset = storage, dtype, offset
+        self.shape, self.strides = shape, strides
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_ignored, dtype=None):
+    """torch/_utils.py `_rebuild_tensor` and `_v2`; gradients' flag, hooks and metadata are not weights."""
+    if not isinstance(storage, Storage):
+        raise Damaged("a tensor without a storage")
+    shape, strides = tuple(size), tuple(stride)
+    dtype = dtype or storage.dtype
+    if dtype is None:
+        raise Damaged("a tensor on an untyped storage without a dtype")
+    if len(shape) != len(strides) or not all(type(v) is int and v >= 0 for v in (offset, *shape, *strides)):
+        raise Damaged(f"a tensor with offset {offset!r}, size {size!r}, stride {stride!r}")
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else -1
+    bytes_there = storage.length * (storage.dtype.itemsize if storage.dtype else 1)
+    if (last + 1) * dtype.itemsize > bytes_there:
+        raise Damaged(f"a tensor of size {shape} reaches beyond its storage of {bytes_there} bytes")
+    return Tensor(storage, dtype, offset, shape, strides)
+
+
+def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, *_ignored):
+    """torch/_utils.py `_rebuild_tensor_v3`: for dtypes that have no typed storage (uint16, float8, ...)."""
+    if not isinstance(dtype, DType):
+        raise Damaged("a tensor whose dtype is no dtype")
+    return _rebuild_tensor(storage, offset, size, stride, dtype=dtype.dtype)
+
+
+def _rebuild_parameter(data, *_ignored):
+    """torch/_utils.py `_rebuild_parameter`: a Parameter is its tensor."""
+    if not isinstance(data, Tensor):
+        raise Damaged("a Parameter without a tensor")
+    return data
+
+
+def _ordered_dict(items=()):
+    return _StateDict(items)
+
+
+def _size(items=()):
+    return tuple(items)
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): _Callable(_ordered_dict),
+    ("torch", "Size"): _Callable(_size),
+    ("torch._utils", "_rebuild_tensor"): _Callable(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): _Callable(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Callable(_rebuild_tensor_v3),
+    ("torch._utils", "_rebuild_parameter"): _Callable(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Callable(_rebuild_parameter),
+    ("torch.storage", "UntypedStorage"): StorageType(None),
+    **{("torch", name): DType(dtype) for name, dtype in TORCH.items()},
+    # Files saved from a GPU before PyTorch 1.6 name torch.cuda.FloatStorage.
+    **{
+        (module, name): StorageType(dtype)
+        for module in ("torch", "torch.cuda")
+        for name, dtype in TORCH_STORAGE.items()
+    },
+}
+
+
+def _check_global(module: str, name: str) -> None:
+    # A dotted name would walk attributes (torch._utils + os.system): only exact pairs are known here.
+    if (module, name) not in _GLOBALS:
+        raise Refused(f"{module}.{name}")
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, storage):
+        super().__init__(file, fix_imports=False, encoding="utf-8")
+        self._storage = storage
+
+    def find_class(self, module, name):
+        _check_global(module, name)
+        return _GLOBALS[module, name]
+
+    def persistent_load(self, pid):
+        is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"
+        if not is_storage or self._storage is None:
+            what = pid[0] if isinstance(pid, tuple) and pid else pid
+            raise Refused(f"an external object {what!r}, which is not a storage")
+        return self._storage(pid)
+
+
+def scan(stream: io.BufferedIOBase) -> bytes:
+    """Reads one pickle from `stream` without running it, checks its opcodes and names, and returns its bytes.
+
+    Raises Refused (names the target) or Damaged (not a pickle, or cut off).
+    """
+    start = stream.tell()
+    strings: list[Any] = [None, None]  # the latest two pushed: what STACK_GLOBAL will most likely take
+    memo: dict[int, Any] = {}
+    last_was_string, pushed, target = False, 0, ""
+    try:
+        for opcode, argument, position in pickletools.genops(stream):
+            name = opcode.name
+            if name in ("GLOBAL", "INST"):
+                target = argument.replace(" ", ".", 1)
+                _check_global(*argument.split(" ", 1))
+            elif name == "STACK_GLOBAL" and None not in strings[-2:]:
+                target = ".".join(strings[-2:])
+                _check_global(*strings[-2:])
+            if name not in _OPCODES:
+                of = f" (of {target})" if target else ""
+                raise Refused(f"the opcode {name}{of} at byte {position - start}")
+            # Memo slots are counted by pickle; an absurd index is only there to make the unpickler allocate.
+            if name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > position - start:
+                raise Damaged(f"memo index {argument} at byte {position - start}")
+            # Follow strings through the memo, so that a refusal by STACK_GLOBAL can name its target.
+            if name == "MEMOIZE" or name.endswith("PUT"):
+                index = pushed if name == "MEMOIZE" else argument
+                memo[index] = strings[-1] if last_was_string else None
+                pushed += 1
+                continue
+            if name.endswith("GET"):
+                argument = memo.get(argument)
+            last_was_string = isinstance(argument, str) and name not in ("GLOBAL", "INT", "LONG", "FLOAT")
+            if last_was_string:
+                strings = [strings[-1], argument]
+    except (Refused, Damaged):
+        raise
+    except Exception as error:  # pickletools raises ValueError, but also what decoding and struct raise
+        raise Damaged(str(error) or type(error).__name__) from error
+    end = stream.tell()
+    stream.seek(start)
+    return stream.read(end - start)
+
+
+def load(stream: io.BufferedIOBase, storage: Callable[[tuple], Storage] | None = None) -> Any:
+    """Loads one pickle from `stream`, which is left just behind it.
+
+    `storage` turns a persistent id ('storage', type, key, location, length, ...) into a Storage; without it
+    any persistent id is refused. Returns dicts, lists, tuples, strings, numbers, None and Tensor records.
+    Raises Refused (names the target) or Damaged.
+    """
+    data = scan(stream)
+    try:
+        return _Unpickler(io.BytesIO(data), storage).load()
+    except (Refused, Damaged):
+        raise
+    except Exception as error:  # a malformed program fails in many ways; none of them has run anything
+        raise Damaged(f"{type(error).__name__}: {error}") from error

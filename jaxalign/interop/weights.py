@@ -1,0 +1,27 @@
+"""One door for weight files of any kind: the content decides which reader opens them, not the name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxalign.interop import safetensors_file, sniff, torch_file
+
+
+def open_weights(path: str | Path, *, key: str | None = None, prefix: str = "") -> Mapping[str, np.ndarray]:
+    """Lazy mapping name -> array of a .pth/.pt/.bin, .safetensors or .safetensors.index.json file.
+
+    Arrays are read-only views of the memory-mapped file. `key` chooses a part of a PyTorch file, as in
+    `torch_file.read`; `prefix` keeps the names that start with it and cuts it off ('module.', 'encoder.').
+    Raises ValueError, FileNotFoundError or IsADirectoryError, each saying what the file is instead.
+    """
+    kind = sniff.kind(path)
+    if kind in (sniff.TORCH_ZIP, sniff.TORCH_LEGACY):
+        arrays = torch_file.read(path, key=key, lazy=True)
+    elif key is not None:
+        raise ValueError(f"{path}: key={key!r} was given, but a {kind} file has no parts; leave key out")
+    elif kind == sniff.SAFETENSORS_INDEX:
+        arrays = safetensors_file.open_index(path)
+    else:
+        arrays = safetensors_file.open_file(path)
+    return arrays.below(prefix) if prefix else arrays

@@ -1,0 +1,302 @@
+"""PyTorch files in both formats: torch's own arrays, read lazily; and what people hand over by mistake."""
+
+import collections
+import io
+import pickle
+import struct
+import sys
+import tarfile
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxalign.interop import torch_file
+from jaxalign.interop.dtypes import TORCH_STORAGE
+
+torch = pytest.importorskip("torch")
+
+
+def save(value, path, legacy=False):
+    torch.save(value, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def as_numpy(tensor):
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if tensor.dtype is torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
+    return tensor.numpy()
+
+
+def same(array, tensor):
+    wanted = as_numpy(tensor)
+    assert array.dtype == wanted.dtype and array.shape == wanted.shape
+    assert array.tobytes() == wanted.tobytes()  # bytes: NaN payloads and signed zeros count too
+
+
+def every_kind():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=generator)
+    tensors = {
+        str(dtype): (torch.randn(3, 5, generator=generator) * 50).to(dtype)
+        for dtype in (
+            *(
+                torch.float64,
+                torch.float32,
+                torch.float16,
+                torch.bfloat16,
+                torch.int64,
+                torch.int32,
+                torch.int16,
+            ),
+            *(torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128),
+        )
+    }
+    tensors |= {
+        "whole": base,
+        "rows": base[2:4],  # an offset into a shared storage
+        "turned": base.T,
+        "steps": base[:, ::3],
+        "expanded": base[0, :1].expand(4),  # stride 0
+        "permuted": torch.randn(2, 3, 4, generator=generator).permute(2, 0, 1),
+        "scalar": torch.tensor(3.5),
+        "count": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
+        "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+    }
+    return tensors
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["arrays", "lazy"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_equals_torch(tmp_path, legacy, lazy):
+    tensors = every_kind()
+    arrays = torch_file.read(save(tensors, tmp_path / "w.pth", legacy), lazy=lazy)
+    assert list(arrays) == list(tensors)
+    for name, tensor in tensors.items():
+        same(arrays[name], tensor)
+
+
+def test_dtypes_without_a_typed_storage(tmp_path):
+    tensors = {
+        "a": torch.tensor([1, 60000], dtype=torch.uint16),
+        "b": torch.tensor([1.5, -2.0]).to(torch.float8_e4m3fn),
+    }
+    arrays = torch_file.read(save(tensors, tmp_path / "w.pth"))
+    for name, tensor in tensors.items():
+        same(arrays[name], tensor)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_state_dict_with_metadata(tmp_path, legacy):
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+    state = module.state_dict()
+    assert state._metadata  # set by BUILD on the OrderedDict
+    arrays = torch_file.read(save(state, tmp_path / "w.pth", legacy))
+    assert list(arrays) == list(state)
+    for name in state:
+        same(arrays[name], state[name])
+
+
+def test_containers_become_dotted_names(tmp_path):
+    value = {
+        "a": torch.ones(1),
+        "b": {"c": torch.ones(2), "d": [torch.ones(3), (torch.ones(4), 5)]},
+        "size": torch.Size([2, 3]),
+        "text": "x",
+        "none": None,
+        0: torch.ones(5),
+    }
+    arrays = torch_file.read(save(value, tmp_path / "w.pth"))
+    assert {name: array.size for name, array in arrays.items()} == {
+        "a": 1,
+        "b.c": 2,
+        "b.d.0": 3,
+        "b.d.1.0": 4,
+        "0": 5,
+    }
+
+
+def test_legacy_view_of_a_storage(tmp_path):
+    """Files of before 2017 store a slice of a storage as a view of its root."""
+    numbers = np.arange(6, dtype="<f4")
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if isinstance(value, str) and value == "view":
+                return ("storage", torch.FloatStorage, "17", "cpu", 6, ("18", 2, 3))
+            return None
+
+    class Reduced:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor, ("view", 1, (2,), (1,))
+
+    main = io.BytesIO()
+    Pickler(main, 2).dump({"w": Reduced()})
+    head = [pickle.dumps(v, 2) for v in (torch_file._LEGACY_MAGIC, torch_file._LEGACY_PROTOCOL, {})]
+    tail = pickle.dumps(["17"], 2) + struct.pack("<q", 6) + numbers.tobytes()
+    (tmp_path / "w.pth").write_bytes(b"".join(head) + main.getvalue() + tail)
+    assert torch_file.read(tmp_path / "w.pth")["w"].tolist() == [3.0, 4.0]
+
+
+def test_big_endian_zip(tmp_path):
+    tensors = {k: v for k, v in every_kind().items() if k != "torch.bfloat16"} | {"half": torch.ones(3).bfloat16()}
+    source = save(tensors, tmp_path / "little.pth")
+    records = {}
+    with zipfile.ZipFile(source) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    # what a big-endian machine would have written: every number of every storage swapped
+    widths = {}
+
+    class Sizes(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name.endswith("Storage"):
+                dtype = TORCH_STORAGE[name]
+                return dtype.itemsize // (2 if dtype.kind == "c" else 1)
+            return lambda *a: None if name != "OrderedDict" else collections.OrderedDict()
+
+        def persistent_load(self, pid):
+            widths[pid[2]] = pid[1]
+
+    prefix = next(iter(records)).split("/")[0]
+    Sizes(io.BytesIO(records[f"{prefix}/data.pkl"])).load()
+    with zipfile.ZipFile(tmp_path / "big.pth", "w") as archive:
+        for name, data in records.items():
+            key = name.removeprefix(f"{prefix}/data/")
+            if key in widths:
+                data = np.frombuffer(data, f"u{widths[key]}").byteswap().tobytes()
+            archive.writestr(name, b"big" if name.endswith("byteorder") else data)
+    arrays = torch_file.read(tmp_path / "big.pth")
+    for name, tensor in tensors.items():
+        same(arrays[name], tensor)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a mapped file cannot be written there")
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_bytes_are_read_only_when_asked(tmp_path, legacy):
+    path = save({"a": torch.full((1000,), 1.25), "b": torch.full((1000,), 2.5)}, tmp_path / "w.pth", legacy)
+    arrays = torch_file.read(path, lazy=True)
+    data = path.read_bytes().replace(np.full(1000, 2.5, "f4").tobytes(), np.full(1000, 7.5, "f4").tobytes())
+    with path.open("r+b") as file:
+        file.write(data)
+    assert set(arrays["a"]) == {1.25} and set(arrays["b"]) == {7.5}  # b was not read before it was looked at
+    assert not arrays["b"].flags.writeable
+    with pytest.raises(KeyError, match="did you mean 'a'"):
+        arrays["a "]
+
+
+def test_parts_need_a_key(tmp_path):
+    value = {
+        "state_dict": {"w": torch.ones(1), "b": torch.ones(2)},
+        "ema": {"shadow.x": {"w": torch.ones(3)}},
+        "epoch": 3,
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(4)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    path = save(value, tmp_path / "w.pth")
+    with pytest.raises(
+        ValueError, match=r"say which with key=: 'state_dict' \(2 tensors\), 'ema.shadow.x' \(1 tensor\)"
+    ):
+        torch_file.read(path)
+    assert list(torch_file.read(path, key="state_dict")) == ["w", "b"]
+    assert torch_file.read(path, key="ema.shadow.x")["w"].size == 3  # a name with a dot of its own
+    with pytest.raises(ValueError, match="no part 'model'; it has 'state_dict'"):
+        torch_file.read(path, key="model")
+    with pytest.raises(ValueError, match="no tensors"):
+        torch_file.read(path, key="epoch")
+
+
+def test_single_tensor(tmp_path):
+    assert torch_file.read(save(torch.arange(3), tmp_path / "w.pth"))[""].tolist() == [0, 1, 2]
+
+
+def test_container_that_holds_itself(tmp_path):
+    value = {"w": torch.ones(1)}
+    value["again"] = value
+    with pytest.raises(ValueError, match="holds itself"):
+        torch_file.read(save(value, tmp_path / "w.pth"))
+
+
+def _cut(path, keep):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_truncated(tmp_path, legacy, keep):
+    path = save({f"w{i}": torch.randn(100) for i in range(30)}, tmp_path / "w.pth", legacy)
+    _cut(path, keep)
+    with pytest.raises(ValueError, match=r"w\.pth: truncated or damaged"):
+        torch_file.read(path)
+
+
+def _zip(path, entries, compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+
+
+def test_wrong_files(tmp_path):
+    path = tmp_path / "w.pth"
+    safetensors = pytest.importorskip("safetensors.numpy")
+
+    def refuses(pattern, error=ValueError):
+        with pytest.raises(error, match=pattern):
+            torch_file.read(path)
+
+    refuses("no such file", FileNotFoundError)
+    path.write_bytes(b"")
+    refuses(r"empty \(0 bytes\)")
+    path.write_bytes(b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>")
+    refuses("web page")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    refuses("git lfs pull")
+    safetensors.save_file({"w": np.ones(3)}, path)
+    refuses("a safetensors file, not a PyTorch one")
+    path.write_bytes(b"\x1f\x8b" + bytes(20))
+    refuses("gzip")
+    path.write_bytes(b"hello there, this is text")
+    refuses("neither a PyTorch nor a safetensors file")
+    path.write_bytes(pickle.dumps({"w": [1.0]}))
+    refuses("a pickle, but not one that torch.save made")
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    refuses("tar archive")
+    _zip(path, {"a.npy": b"x"})
+    refuses("not one that torch.save made")
+    _zip(path, {"x/data.pkl": b"\x80\x02}.", "x/constants.pkl": b"\x80\x02}.", "x/code/y.py": b""})
+    refuses("TorchScript")
+    save({"w": torch.ones(3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    _zip(path, entries, zipfile.ZIP_DEFLATED)
+    refuses("compressed")
+    _zip(path, {name: data for name, data in entries.items() if not name.endswith("data/0")})
+    refuses("no record data/0")
+    _zip(path, {name: data[:-4] if name.endswith("data/0") else data for name, data in entries.items()})
+    refuses("shorter than its 3 elements")
+    path.unlink()
+    path.mkdir()
+    (path / "model.safetensors").touch()
+    refuses(r"a folder.*it holds model\.safetensors", IsADirectoryError)
+
+
+def test_torchscript_of_torch_itself(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="TorchScript"):
+        torch_file.read(tmp_path / "w.pt")
+
+
+def test_tensor_beyond_its_storage(tmp_path):
+    path = save({"w": torch.arange(4.0)}, tmp_path / "w.pth", legacy=True)
+    data = path.read_bytes()
+    size = b"K\x04\x85"  # the size (4,)
+    assert data.count(size) == 1
+    path.write_bytes(data.replace(size, b"K\x05\x85"))
+    with pytest.raises(ValueError, match="reaches beyond its storage of 16 bytes"):
+        torch_file.read(path)
