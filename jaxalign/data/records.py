@@ -1,0 +1,217 @@
+"""Videos out of ArrayRecord shards: our own plain format, and prepared tfds data sets. No TensorFlow.
+
+Our format. A shard is `NAME.array_record` (or tfds' `NAME-SPLIT.array_record-00000-of-00004`); a record is
+the bytes of `numpy.savez(video=uint8 [t,h,w,3], label=int, name=str)`, label and name optional. Beside each
+shard may lie `SHARD.json` with {"classes": […], "records": [[name, frames, label], …]}; a shard without it is
+read through once when the source is opened. Shards whose file name has the word train are for training, with
+test, val, valid, validation or held_out for evaluation; without such names records are split as the files of
+a folder are.
+"""
+
+import functools
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from jaxalign.data.clips import Item, Source, split_by_name, thumbnails
+from jaxalign.data.video import UnreadableVideo, resize
+
+RECORD_FPS = 25.0  # records carry no rate; it only says how long ten seconds are
+_TRAIN, _HELD_OUT = ("train",), ("test", "val", "valid", "validation", "held_out")
+
+
+def write_array_record(path: str, clips: Iterable[dict], classes: tuple[str, ...] = ()) -> int:
+    """Writes a shard and its JSON from dicts of video (uint8 [t,h,w,3]), label, name; returns how many.
+
+    The shard appears under its name only when it is whole. Raises ValueError for a video of another shape or
+    dtype.
+    """
+    listed, unfinished = [], f"{path}.unfinished"
+    writer = ArrayRecordWriter(unfinished, "group_size:1")  # random access wants one record a group
+    try:
+        for number, clip in enumerate(clips):
+            video, name = np.asarray(clip["video"]), str(clip.get("name", number))
+            if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
+                raise ValueError(f"record {name}: video is {video.dtype}{list(video.shape)}; wanted uint8 [t,h,w,3]")
+            data = io.BytesIO()
+            np.savez(data, video=video, label=np.int64(clip.get("label", 0)), name=np.array(name))
+            writer.write(data.getvalue())
+            listed.append([name, len(video), int(clip.get("label", 0))])
+    except BaseException:
+        writer.close()
+        os.remove(unfinished)
+        raise
+    writer.close()
+    Path(f"{path}.json").write_text(json.dumps({"classes": list(classes), "records": listed}))
+    os.replace(unfinished, path)
+    return len(listed)
+
+
+def shards(folder: Path) -> list[str]:
+    """The ArrayRecord files of a folder, sorted."""
+    return sorted(str(f) for f in folder.glob("*.array_record*") if re.search(r"\.array_record(-\d+-of-\d+)?$", f.name))
+
+
+def array_record(path: str) -> Source:
+    """The records of a folder's ArrayRecord shards (format: see this file's beginning), or a tfds folder.
+
+    Raises FileNotFoundError for no such folder or no shards, ValueError for a shard or record that cannot be
+    read.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "features.json").is_file():
+        return tfds(str(folder))
+    paths = shards(folder) if folder.is_dir() else []
+    if not paths:
+        raise FileNotFoundError(f"data.source={path!r}: no *.array_record files in it")
+    found, classes = [], ()
+    for shard in paths:
+        count, sidecar = len(_reader((shard,))), Path(f"{shard}.json")
+        listed = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+        if len(listed.get("records", ())) != count:  # none, or another shard's
+            listed["records"] = [_describe(shard, k) for k in range(count)]
+        classes = tuple(listed.get("classes") or classes)
+        found += [(_split_of(shard), *record) for record in listed["records"]]
+    if not found:
+        raise ValueError(f"data.source={path!r}: no records in its {len(paths)} *.array_record files")
+    if all(split is None for split, *_ in found):
+        splits = split_by_name([name for _, name, _, _ in found])
+    else:
+        splits = [split or "train" for split, *_ in found]
+    labels = max(label for *_, label in found) + 1
+    classes = classes or (tuple(f"class {k}" for k in range(labels)) if labels > 1 else ())
+    items = tuple(
+        Item(name, frames, RECORD_FPS, label, split)
+        for (_, name, frames, label), split in zip(found, splits, strict=True)
+    )
+    return Source(str(path), items, classes, read=functools.partial(_read_record, tuple(paths)))
+
+
+def _describe(shard: str, number: int) -> list:
+    record = _record((shard,), number)
+    return [record["name"] or f"{Path(shard).name}:{number}", len(record["video"]), record["label"]]
+
+
+def _split_of(shard: str) -> str | None:
+    words = re.split(r"[^a-z_]+|_(?=train|test|val)", Path(shard).name.lower())
+    return "train" if set(words) & set(_TRAIN) else "held_out" if set(words) & set(_HELD_OUT) else None
+
+
+@functools.lru_cache(maxsize=64)  # readers keep files open, are thread-safe, and every process makes its own
+def _reader(paths: tuple[str, ...]) -> ArrayRecordDataSource:
+    try:
+        return ArrayRecordDataSource(list(paths))
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"{', '.join(paths[:2])}: no ArrayRecord file, or damaged ({error})") from error
+
+
+@functools.lru_cache(maxsize=4)  # a clip that moves off a cut reads its record again
+def _record(paths: tuple[str, ...], number: int) -> dict:
+    """One record of our format as {'video', 'label', 'name'}. Raises UnreadableVideo."""
+    name = f"{paths[0] if len(paths) == 1 else Path(paths[0]).parent}: record {number}"
+    try:
+        with np.load(io.BytesIO(_reader(paths)[number]), allow_pickle=False) as stored:
+            video = stored["video"]
+            label = int(stored["label"]) if "label" in stored else 0
+            title = str(stored["name"]) if "name" in stored else ""
+    except (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UnreadableVideo(name, f"not the bytes of numpy.savez with a field 'video' ({error})") from error
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
+        raise UnreadableVideo(name, f"its video is {video.dtype}{list(video.shape)}, not uint8 [t,h,w,3]")
+    return {"video": video, "label": label, "name": title}
+
+
+def _read_record(paths: tuple[str, ...], item: int, start: int, stop: int, step: int, cover: tuple[int, int]):
+    video = _record(paths, item)["video"]
+    if stop > len(video):
+        raise UnreadableVideo(f"record {item}", f"has {len(video)} frames, not {start} to {stop - 1}")
+    return resize(video[start:stop:step], cover), thumbnails(video[start:stop])
+
+
+def tfds(path: str) -> Source:
+    """A prepared tfds data set with a `video` (and perhaps a `label`): its name ('ucf101') or its folder.
+
+    It is read from its ArrayRecord files directly (tfds' own Video feature needs TensorFlow even to be read),
+    so it has to be prepared once, where TensorFlow is, with
+    `download_and_prepare(file_format='array_record')`. Raises FileNotFoundError if it is not there,
+    ValueError if it is prepared in another format or has no video.
+    """
+    home = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(path).expanduser() if Path(path).expanduser().is_dir() else home / path
+    found = sorted(root.rglob("features.json"), key=lambda file: _version(file.parent)) if root.is_dir() else []
+    if not found:
+        raise FileNotFoundError(
+            f"data.source='tfds:{path}': no prepared data set in {root}; prepare it with "
+            f"tfds.builder({path!r}).download_and_prepare(file_format='array_record')"
+        )
+    folder = found[-1].parent
+    features = json.loads(found[-1].read_text()).get("featuresDict", {}).get("features", {})
+    if "video" not in features:
+        raise ValueError(f"data.source='tfds:{path}': no feature 'video' in {folder} (it has {', '.join(features)})")
+    paths = shards(folder)
+    if not paths:
+        raise ValueError(
+            f"data.source='tfds:{path}': no *.array_record files in {folder}; prepare it again with "
+            "download_and_prepare(file_format='array_record')"
+        )
+    names = folder / "label.labels.txt"
+    classes = tuple(names.read_text().split("\n")) if names.is_file() else ()
+    items, held_out = [], any(_split_of(shard) == "held_out" for shard in paths)
+    for shard in paths:
+        title = Path(shard).name.split(".array_record")[0]
+        count = len(_reader((shard,)))
+        mine = [f"{title}:{Path(shard).name.rpartition('.')[2]}:{k}" for k in range(count)]
+        splits = [_split_of(shard) or "train"] * count if held_out else split_by_name(mine)
+        # A data set that is too small to give whole videos away is trained on whole: lengths are not known
+        # here.
+        items += [
+            Item(n, None, RECORD_FPS, 0, "train" if s == "both" else s) for n, s in zip(mine, splits, strict=True)
+        ]
+    return Source(
+        f"tfds:{path}",
+        tuple(items),
+        tuple(name for name in classes if name),
+        read=functools.partial(_read_tfds, tuple(paths)),
+        look=functools.partial(_look_tfds, tuple(paths)),
+    )
+
+
+def _version(folder: Path) -> tuple:
+    return tuple(int(n) for n in re.findall(r"\d+", folder.name)), str(folder)
+
+
+@functools.lru_cache(maxsize=4)
+def _example(paths: tuple[str, ...], number: int) -> tuple[list[bytes], int]:
+    """(encoded frames, label) of one tf.train.Example. Raises UnreadableVideo."""
+    from tensorflow_datasets.proto import tf_example_pb2  # half a second that only this source should pay
+
+    try:
+        fields = tf_example_pb2.Example.FromString(_reader(paths)[number]).features.feature
+    except Exception as error:  # protobuf's DecodeError has no stable home; a bad record must not end a run
+        raise UnreadableVideo(f"record {number}", f"no tf.train.Example ({error})") from error
+    label = fields["label"].int64_list.value if "label" in fields else ()
+    return list(fields["video"].bytes_list.value), int(label[0]) if label else 0
+
+
+def _look_tfds(paths: tuple[str, ...], item: int) -> tuple[int, int]:
+    """(frames, label) of an item whose length the data set does not say."""
+    frames, label = _example(paths, item)
+    return len(frames), label
+
+
+def _read_tfds(paths: tuple[str, ...], item: int, start: int, stop: int, step: int, cover: tuple[int, int]):
+    frames, _ = _example(paths, item)
+    try:  # every frame is stored as an image: only the clip's are decoded
+        video = np.stack([np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")) for frame in frames[start:stop]])
+    except (OSError, ValueError) as error:
+        raise UnreadableVideo(f"record {item}", f"a frame cannot be decoded ({error})") from error
+    return resize(video[::step], cover), thumbnails(video)

@@ -1,0 +1,333 @@
+"""Exact frames out of video files: one index a file, one seek a clip, only the needed frames turned into RGB.
+
+Frames are counted in presentation order. A clip is found by presentation time: seek to the keyframe before
+it, decode on, pick the frames whose timestamps the index names. Where a container's seek or its timestamps
+are not to be trusted (MPEG program streams, H.264 in AVI, some MP4s) the file is decoded from its beginning
+instead.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import av
+import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import Interpolation, VideoReformatter
+from jaxtyping import Bool, Int64, UInt8
+
+THUMB = 32  # side of the grey thumbnails that cuts are looked for in
+# ACCURATE_RND and BITEXACT cost nothing measurable and make the pixels the same on every kind of CPU.
+_BICUBIC = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT)
+_AREA = int(Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT)
+
+
+class UnreadableVideo(ValueError):
+    """A file that gives no usable video: `path` and `why`, a few words that a person can act on."""
+
+    def __init__(self, path: str, why: str):
+        super().__init__(path, why)
+        self.path, self.why = path, why
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a file's header says: number of frames, frames a second, width and height of square pixels."""
+
+    frames: int
+    fps: float
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FrameIndex:
+    """Of every frame, in order: presentation timestamp, timestamp to seek to, whether it is a keyframe.
+
+    by_order: the timestamps are unusable, frames are counted from the file's beginning.
+    """
+
+    pts: Int64[np.ndarray, "n"]
+    seek: Int64[np.ndarray, "n"]
+    key: Bool[np.ndarray, "n"]
+    by_order: bool = False
+
+    def __len__(self) -> int:
+        return len(self.pts)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple]:
+    """(container, video stream); every way in which a file can fail to be a video becomes UnreadableVideo."""
+    try:
+        if not os.path.getsize(path):
+            raise UnreadableVideo(path, "the file is empty")
+        container = av.open(path, metadata_errors="ignore")  # a title in an odd encoding is no reason to refuse
+    except (OSError, av.error.FFmpegError) as error:
+        raise UnreadableVideo(path, _why_not_opened(path, error)) from error
+    with container:
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise UnreadableVideo(path, "audio only" if container.streams.audio else "no video in it, or cut short")
+        stream = streams[0]
+        if stream.codec_context is None:
+            raise UnreadableVideo(path, "no decoder for its codec")
+        # The parallel unit is the clip: a decoder's own threads would only fight for cores with the workers.
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        try:
+            yield container, stream
+        except (av.error.FFmpegError, OSError, MemoryError) as error:  # nonsense in a header, a disk that fails
+            raise UnreadableVideo(path, f"damaged ({_words(error)})") from error
+
+
+def _why_not_opened(path: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is gone"
+    if isinstance(error, av.error.FFmpegError):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(12)[4:8] == b"ftyp":  # an MP4 keeps its index in `moov`, often at the very end
+                return "cut short or damaged (an MP4 without its index)"
+        return f"not a video, or damaged ({_words(error)})"
+    return _words(error)
+
+
+def _words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def probe(path: str) -> VideoInfo:
+    """Frames, rate and size of a file, decoding nothing; it is read whole only if it has no index of its own.
+
+    Raises UnreadableVideo for a file that is empty, no video, audio only, without frames, or cut short.
+    """
+    with _opened(path) as (container, stream):
+        width, height = stream.codec_context.width, stream.codec_context.height
+        fps = float(stream.average_rate or stream.guessed_rate or 25)
+        aspect = float(stream.sample_aspect_ratio or 1)
+        entries, claimed = stream.index_entries, stream.frames
+        if container.format.name.startswith(("mov", "avi")) and 0 < claimed == len(entries):
+            frames, size = claimed, os.path.getsize(path)
+            there = sum(entry.pos + entry.size <= size for entry in entries)
+            if there < frames:
+                raise UnreadableVideo(path, f"cut short: the file holds {there} of its {frames} frames")
+        else:
+            frames = sum(1 for _ in _packets(container, stream))
+            # Headers are often a frame or two off; a file that lost its end lacks far more.
+            if frames < 0.95 * claimed - 2:
+                raise UnreadableVideo(path, f"cut short: the file holds {frames} of its {claimed} frames")
+    if not frames or not width or not height:
+        raise UnreadableVideo(path, "no video frames")
+    return VideoInfo(frames, fps, max(1, round(width * aspect)), height)
+
+
+def _packets(container, stream) -> Iterator[av.Packet]:
+    """The packets that become frames: nothing empty, nothing torn, nothing that an edit list cuts away."""
+    for packet in _demux(container, stream):
+        if packet.size and not packet.is_discard and not packet.is_corrupt:
+            yield packet
+
+
+def _demux(container, stream) -> Iterator[av.Packet]:
+    """All packets and the empty one that flushes the decoder; damage ends them as the end of a file does."""
+    with contextlib.suppress(Exception):  # PyAV answers damage with IndexError, MemoryError and more
+        yield from container.demux(stream)
+
+
+@functools.lru_cache(maxsize=1024)  # an index is a few kilobytes, and every clip of the file needs it
+def index_frames(path: str) -> FrameIndex:
+    """The exact index of a file, from its packets, without decoding. Raises UnreadableVideo."""
+    with _opened(path) as (container, stream):
+        name, codec = container.format.name, stream.codec_context.name
+        packets = [(packet.pts, packet.dts, packet.is_keyframe) for packet in _packets(container, stream)]
+    if not packets:
+        raise UnreadableVideo(path, "no video frames")
+    stamps = [pts for pts, _, _ in packets]
+    # AVI has no presentation times: for H.264 and HEVC with B-frames what libavformat makes up is wrong.
+    by_order = None in stamps or len(set(stamps)) < len(stamps)
+    by_order = by_order or (name == "avi" and codec in ("h264", "hevc"))
+    if by_order:
+        numbers = np.arange(len(stamps), dtype=np.int64)
+        return FrameIndex(numbers, numbers, numbers == 0, by_order=True)
+    packets.sort(key=lambda packet: packet[0])
+    # A keyframe's presentation time finds it in every container but MPEG's streams, which search decoding times.
+    by_dts = name.startswith("mpeg")
+    return FrameIndex(
+        np.array([pts for pts, _, _ in packets], np.int64),
+        np.array([dts if by_dts and dts is not None else pts for pts, dts, _ in packets], np.int64),
+        np.array([key for _, _, key in packets], np.bool_),
+    )
+
+
+def read_frames(
+    path: str,
+    numbers: Sequence[int] | None = None,
+    *,
+    times: Sequence[float] | None = None,
+    cover: tuple[int, int] | None = None,
+) -> UInt8[np.ndarray, "t h w 3"]:
+    """RGB frames by number (or those on screen at `times`, in seconds from the first frame; all if neither).
+
+    cover: (height, width) to shrink or grow to, keeping proportions, so that both sides are at least that
+    long (anti-aliased bicubic); None keeps the file's size. Pixels come out square and upright. Raises
+    UnreadableVideo; ValueError for numbers that the file does not have.
+    """
+    index = index_frames(path)
+    if times is not None:
+        if index.by_order:
+            raise UnreadableVideo(path, "its timestamps are unusable: ask for frame numbers")
+        with _opened(path) as (_, stream):
+            ticks = [index.pts[0] + int(time / stream.time_base) for time in times]
+        numbers = [max(0, int(np.searchsorted(index.pts, tick, side="right")) - 1) for tick in ticks]
+    elif numbers is None:
+        numbers = range(len(index))
+    numbers = [int(number) for number in numbers]
+    if not numbers or min(numbers) < 0 or max(numbers) >= len(index):
+        raise ValueError(f"{path} has frames 0 to {len(index) - 1}; asked for {numbers[:8]}")
+    frames = _decode(path, index, set(numbers), lambda _, convert: convert(cover))
+    return np.stack([frames[number] for number in numbers])
+
+
+def read_span(
+    path: str, start: int, stop: int, step: int, cover: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "s y x"]]:
+    """Frames start, start+step, … below stop in RGB (as `read_frames`), and grey thumbnails of start … stop-1.
+
+    The thumbnails cost a few per cent of the decoding and are what `clips.find_cuts` looks at. Raises
+    UnreadableVideo.
+    """
+    index = index_frames(path)
+    if start < 0 or stop > len(index) or start >= stop:
+        raise UnreadableVideo(path, f"has {len(index)} frames, not {start} to {stop - 1}")
+
+    def both(number, convert):
+        return convert(cover) if (number - start) % step == 0 else None, convert(None, thumb=True)
+
+    frames = _decode(path, index, set(range(start, stop)), both)
+    video = np.stack([frames[number][0] for number in range(start, stop, step)])
+    return video, np.stack([frames[number][1] for number in range(start, stop)])
+
+
+def _decode(path: str, index: FrameIndex, wanted: set[int], take: Callable) -> dict[int, object]:
+    """take(number, convert) of the wanted frames: from the nearest keyframe, the one before, the start."""
+    if not index.by_order:
+        keys = np.flatnonzero(index.key[: min(wanted) + 1])
+        # The first keyframe needs no seek: it is where an opened file stands anyway.
+        for seek in [None, *(int(index.seek[k]) for k in keys[1:])][:-3:-1]:
+            found = _sweep(path, index, wanted, take, seek)
+            if len(found) == len(wanted):
+                return found
+    found = _sweep_in_order(path, wanted, take)
+    if len(found) < len(wanted):
+        missing = min(wanted - found.keys())
+        raise UnreadableVideo(path, f"frame {missing} of {len(index)} cannot be decoded")
+    return found
+
+
+def _sweep(path: str, index: FrameIndex, wanted: set[int], take: Callable, seek: int | None) -> dict[int, object]:
+    """One pass by presentation time from a keyframe; whatever is missing or corrupt is left out."""
+    number = {int(index.pts[k]): k for k in wanted}
+    first, last = min(number), max(number)
+    found: dict[int, object] = {}
+    with _opened(path) as (container, stream):
+        if seek is not None:
+            try:
+                container.seek(seek, stream=stream, backward=True)
+            except (av.error.FFmpegError, OSError):
+                return found
+        convert = _converter(stream)
+        for packet in _demux(container, stream):
+            if seek is not None and not _known(packet, index):
+                return {}
+            # Before the clip only frames that others need are decoded: a third less work with B-frames.
+            early = packet.pts is not None and packet.pts < first
+            stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
+            for frame in _frames_of(packet):
+                if frame.pts in number and not frame.is_corrupt:
+                    found[number[frame.pts]] = take(number[frame.pts], functools.partial(convert, frame))
+                if len(found) == len(wanted) or (frame.pts is not None and frame.pts > last):
+                    return found
+    return found
+
+
+def _known(packet, index: FrameIndex) -> bool:
+    """Whether the index has this packet.
+
+    After a seek a program stream may give a frame its neighbour's time; that shows when a keyframe turns up
+    at another time than before, or another frame at a keyframe's time.
+    """
+    if not packet.size or packet.is_discard or packet.is_corrupt:
+        return True
+    if packet.pts is None:
+        return False
+    k = int(np.searchsorted(index.pts, packet.pts))
+    return k < len(index) and bool(index.pts[k] == packet.pts and index.key[k] == packet.is_keyframe)
+
+
+def _sweep_in_order(path: str, wanted: set[int], take: Callable) -> dict[int, object]:
+    """One pass from the beginning, counting the frames that come out."""
+    found: dict[int, object] = {}
+    count, last = 0, max(wanted)
+    with _opened(path) as (container, stream):
+        convert = _converter(stream)
+        for packet in _demux(container, stream):
+            for frame in _frames_of(packet):
+                if count in wanted and not frame.is_corrupt:
+                    found[count] = take(count, functools.partial(convert, frame))
+                count += 1
+                if count > last:
+                    return found
+    return found
+
+
+def _frames_of(packet) -> list:
+    try:
+        return packet.decode()
+    except Exception:
+        return []  # a torn packet; the frames that it lacks are noticed by the caller
+
+
+def cover_size(height: int, width: int, cover: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) with the same proportions, the smallest that is at least `cover` on both sides."""
+    scale = max(cover[0] / height, cover[1] / width)
+    return max(cover[0], round(height * scale)), max(cover[1], round(width * scale))
+
+
+def _converter(stream) -> Callable:
+    """frame -> uint8 array; swscale's one step from YUV to small RGB is 4 to 9 times as quick as PIL."""
+    reformatter, thumbs = VideoReformatter(), VideoReformatter()  # each keeps the tables of its one size
+    aspect = float(stream.sample_aspect_ratio or 1)
+    sizes: dict = {}  # a stream that changes its resolution midway keeps the clip's first size
+
+    def convert(frame, cover, thumb=False):
+        if thumb:
+            return thumbs.reformat(frame, THUMB, THUMB, "gray", interpolation=_AREA, threads=1).to_ndarray()
+        turns = round(frame.rotation / 90) % 4  # counter-clockwise quarters that the display wants
+        if cover not in sizes:
+            height, width = frame.height, max(1, round(frame.width * aspect))
+            if cover is not None and turns % 2:
+                height, width = cover_size(width, height, cover)[::-1]
+            elif cover is not None:
+                height, width = cover_size(height, width, cover)
+            sizes[cover] = height, width
+        height, width = sizes[cover]
+        small = reformatter.reformat(frame, width, height, "rgb24", interpolation=_BICUBIC, threads=1)
+        image = small.to_ndarray()
+        return np.rot90(image, turns) if turns else image
+
+    return convert
+
+
+def resize(video: UInt8[np.ndarray, "t h w 3"], cover: tuple[int, int]) -> UInt8[np.ndarray, "t y x 3"]:
+    """Frames that are already in memory, brought to `cover` as `read_frames` brings those of a file."""
+    height, width = cover_size(video.shape[1], video.shape[2], cover)
+    if (height, width) == video.shape[1:3]:
+        return video
+    reformatter = VideoReformatter()
+    frames = (av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24") for frame in video)
+    shape = {"width": width, "height": height, "interpolation": _BICUBIC, "threads": 1}
+    return np.stack([reformatter.reformat(frame, **shape).to_ndarray() for frame in frames])
