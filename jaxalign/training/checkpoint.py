@@ -224,17 +224,14 @@ class Checkpoints:
             try:
                 self._prune(step)
             except OSError as error:
-                self._say(
-                    f"warning: old checkpoints in {self.directory} could not be removed ({_reason(error)})"
-                )
+                self._say(f"warning: old checkpoints in {self.directory} could not be removed ({_reason(error)})")
 
     def _save_failed(self, step: int, error: BaseException) -> None:
         self.failed_saves += 1
         self._remove_failed()  # what is half written only takes room that the next save needs
         good = f"the last good one is {self.last_good}" if self._good else "there is no good one yet"
         self._say(
-            f"warning: checkpoint {step} was not written ({_reason(error)}); {good};"
-            f" failed saves: {self.failed_saves}"
+            f"warning: checkpoint {step} was not written ({_reason(error)}); {good}; failed saves: {self.failed_saves}"
         )
 
     def _remove_failed(self) -> None:

@@ -62,9 +62,7 @@ def peak_memory() -> dict[str, int]:
     """The most memory taken so far, in bytes: "host" (this process) and, where known, "device" (one)."""
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peaks = {"host": host if sys.platform == "darwin" else host * 1024}  # kilobytes everywhere else
-    device = [
-        (stats or {}).get("peak_bytes_in_use") for stats in (d.memory_stats() for d in jax.local_devices())
-    ]
+    device = [(stats or {}).get("peak_bytes_in_use") for stats in (d.memory_stats() for d in jax.local_devices())]
     if known := [peak for peak in device if peak is not None]:
         peaks["device"] = max(known)
     return peaks

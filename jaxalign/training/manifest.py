@@ -62,9 +62,7 @@ def write_manifest(folder: Path) -> None:
             }
     for path in sorted({folder, *(path for path in folder.rglob("*") if path.is_dir())}):
         sync(path)
-    write_atomic(
-        folder / NAME, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n"
-    )
+    write_atomic(folder / NAME, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
 
 
 def find_damage(folder: Path) -> str | None:

@@ -72,9 +72,7 @@ def duration(seconds: float | int) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-def first_screen(
-    trees: Mapping[str, Any], *, mesh: Mesh | None = None, facts: Mapping[str, Any] | None = None
-) -> str:
+def first_screen(trees: Mapping[str, Any], *, mesh: Mesh | None = None, facts: Mapping[str, Any] | None = None) -> str:
     """What a run says before it starts: devices, mesh, `facts`, parameters of each tree and its parts."""
     here = environment.environment()
     cores = f", {here['cpu_cores']} cores" if here["platform"] == "cpu" else ""
@@ -130,9 +128,7 @@ class Report:
             self.failed_writes += 1
             if self.failed_writes == 1:
                 reason = error.strerror or str(error)
-                self._show(
-                    f"warning: {what} could not be written ({reason}); training goes on, reports have gaps"
-                )
+                self._show(f"warning: {what} could not be written ({reason}); training goes on, reports have gaps")
 
     def _show(self, text: str) -> None:
         with self._lock:
@@ -222,9 +218,7 @@ class Report:
         if self.active:
             with self._lock, self.writing("tensorboard"):
                 if self._events is None:
-                    self._events = tensorboard.open_events(
-                        self.workdir / "tensorboard", first_step=self._first
-                    )
+                    self._events = tensorboard.open_events(self.workdir / "tensorboard", first_step=self._first)
                 write(self._events, *arguments)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:

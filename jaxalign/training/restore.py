@@ -67,9 +67,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def check_match(
-    folder: Path, stored: dict[str, Any], wanted: dict[str, Any], *, exact: bool, remedy: str
-) -> None:
+def check_match(folder: Path, stored: dict[str, Any], wanted: dict[str, Any], *, exact: bool, remedy: str) -> None:
     """ValueError naming the leaves when a checkpoint is not the one this state needs."""
     wrong = []
     if missing := [name for name in wanted if name not in stored]:

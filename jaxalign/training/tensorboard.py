@@ -58,9 +58,7 @@ def add_image(writer: EventsWriter, step: int, tag: str, image: UInt8[np.ndarray
     _write(writer, step, [_image(tag, png_bytes(image), *image.shape[:2])])
 
 
-def add_video(
-    writer: EventsWriter, step: int, tag: str, video: UInt8[np.ndarray, "t h w 3"], fps: float | int
-) -> None:
+def add_video(writer: EventsWriter, step: int, tag: str, video: UInt8[np.ndarray, "t h w 3"], fps: float | int) -> None:
     """Write a clip, which TensorBoard plays: an image summary whose bytes are a GIF; raises OSError."""
     _write(writer, step, [_image(tag, gif_bytes(video, fps), *video.shape[1:3])])
 

@@ -80,9 +80,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(tmp_path):
                 folder.chmod(0o555)
         os.seteuid(65534)
     try:
-        with pytest.raises(
-            PermissionError, match=r"cannot write to .*locked: Permission denied; use another"
-        ):
+        with pytest.raises(PermissionError, match=r"cannot write to .*locked: Permission denied; use another"):
             checkpoint.check_writable(locked)
     finally:
         if root:

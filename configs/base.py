@@ -1,0 +1,113 @@
+"""The defaults of every run and the scales that every method shares.
+
+A config file picks a method and calls `get_config(scale, ...)`; whatever it does not name stands here.
+Scales are data: plain dicts laid over the defaults, so a new size is a new entry and never a new file.
+"""
+
+import ml_collections
+
+# What `--config configs/METHOD.py:SCALE` means. demo: minutes on two CPU cores, everything it needs comes as two
+# data wheels. vdit_l, vdit_xl: the sizes of Align4Gen's table (methods §5) in pixel space, 128² in patches of 8, which
+# gives the paper's 16 x 16 tokens a frame; they want a folder of videos and a GPU or TPU.
+_PIXELS_128 = dict(
+    precision="bf16",
+    remat=True,
+    batch_size=24,
+    ema_decay=0.9999,
+    model=dict(patch_size=8),
+    data=dict(source="", num_frames=16, height=128, width=128, stride=3, workers=8),
+    optimizer=dict(learning_rate=1e-4, schedule="constant", warmup_steps=0, grad_clip=0.1, grad_clip_from=100_000),
+    # The paper's "depth 12", read as the 0-based loop index of a pair's spatial block.
+    align=dict(depth=12),
+    sample=dict(steps=50, count=16, fps=8),
+    checkpoint=dict(every=5_000),
+    log_every=100,
+    sample_every=10_000,
+    eval_every=10_000,
+)
+SCALES = {
+    "demo": {},
+    "vdit_l": {**_PIXELS_128, "steps": 1_000_000, "model": dict(preset="L", patch_size=8)},
+    "vdit_xl": {**_PIXELS_128, "steps": 200_000, "batch_size": 16, "model": dict(preset="XL", patch_size=8)},
+}
+
+
+def get_config(scale: str = "demo", **method) -> ml_collections.ConfigDict:
+    """The resolved defaults for `scale` with the method's own fields (a dict per section) laid on top."""
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale!r}: no such scale; write one of {', '.join(SCALES)} after the colon")
+    config = ml_collections.ConfigDict(_defaults())
+    config.scale = scale
+    config.lock()
+    for layer in (SCALES[scale], method):
+        config.update(layer)
+    return config
+
+
+def _defaults() -> dict:
+    return dict(
+        scale="demo",
+        seed=0,
+        steps=400,
+        batch_size=4,
+        precision="fp32",  # compute; the masters and the optimizer are fp32 always. 'bf16' on accelerators
+        remat=False,
+        attention="auto",
+        model=dict(
+            name="vdit",
+            preset="demo",
+            patch_size=4,
+            num_classes=0,  # 0: unconditional; -1: as many as the source has
+            class_dropout=0.1,
+        ),
+        objective="flow",  # flow | ddpm
+        learn_sigma=True,  # ddpm only: the learned-range variance of Latte; a flow has no variance to learn
+        codec=dict(name="pixels", weights=""),
+        teacher=dict(
+            name="efficientnet_lite0",
+            weights="",  # empty: the file of the installed demo package
+            size=256,
+            stride=16,  # the 112-channel stage: 16 x 16 tokens of a 256² frame
+        ),
+        align=dict(
+            method="none",  # none | repa | trd | tsa | m_tsa
+            weight=0.0,
+            schedule="constant",
+            schedule_steps=0,  # of a decaying or cut-off schedule; 0: the whole run
+            depth=4,  # 0-based block whose output is tapped; even: spatial, odd: temporal
+            temperature=0.1,  # tsa, m_tsa: τ
+            mask_ratio=0.2,  # m_tsa: share of the positions of a frame that are queries
+            margin=0.1,  # trd
+            part="full",  # trd: full | spatial | temporal
+            projector=dict(hidden=256, drop_first=False, time_scale=1, conv="none"),
+        ),
+        data=dict(
+            source="demo",  # demo | synthetic | a folder of videos | a folder of ArrayRecord shards
+            num_frames=8,
+            height=64,
+            width=64,
+            stride=2,  # frames between two frames of a clip
+            hflip=True,
+            workers=0,
+        ),
+        optimizer=dict(
+            learning_rate=5e-4,
+            schedule="cosine",  # constant | linear | cosine, after warmup_steps of linear warmup
+            warmup_steps=50,
+            b1=0.9,
+            b2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            grad_clip_from=0,  # Latte clips late: 100 K steps on UCF-101, 20 K on SkyTimelapse
+            grad_accum=1,
+        ),
+        ema_decay=0.999,
+        on_nonfinite="stop",  # stop | skip
+        sample=dict(sampler="", steps=25, guidance_scale=1.0, count=4, seed=0, fps=8),
+        mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
+        checkpoint=dict(every=100, keep=3),
+        log_every=10,
+        sample_every=200,
+        eval_every=200,
+    )

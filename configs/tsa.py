@@ -1,0 +1,12 @@
+"""M-TSA: the student's correspondence distributions follow the teacher's where things move (methods §3).
+
+python -m jaxalign.main --config configs/tsa.py                 # demo: minutes on 2 CPU cores
+python -m jaxalign.main --config configs/tsa.py --config.align.method=tsa   # every token a query
+python -m jaxalign.main --config configs/tsa.py:vdit_l --config.data.source=FOLDER
+"""
+
+from configs import base
+
+
+def get_config(scale: str = "demo"):
+    return base.get_config(scale, align=dict(method="m_tsa", weight=0.5, temperature=0.1, mask_ratio=0.2))

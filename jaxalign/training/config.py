@@ -1,0 +1,179 @@
+"""Reading a run's config: command line in, one validated plain tree out, and what makes two runs the same run."""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_collections
+from absl import app, flags, logging
+
+# What may change when a workdir is resumed: how long, how often, on which machines; never what is computed.
+NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every", "mesh", "data.workers")
+
+METHODS = ("none", "repa", "trd", "tsa", "m_tsa")
+_CHOICES = {
+    "precision": ("fp32", "bf16"),
+    "objective": ("flow", "ddpm"),
+    "align.method": METHODS,
+    "align.schedule": ("constant", "linear", "cosine", "cutoff"),
+    "align.part": ("full", "spatial", "temporal"),
+    "optimizer.schedule": ("constant", "linear", "cosine"),
+    "on_nonfinite": ("stop", "skip"),
+}
+_POSITIVE = (
+    "batch_size steps model.patch_size data.num_frames data.height data.width data.stride optimizer.grad_accum"
+    " checkpoint.every checkpoint.keep log_every sample_every eval_every sample.steps sample.count"
+).split()
+
+
+def run_verb(main: Callable[[list[str]], int | None]) -> None:
+    """`app.run` whose errors are one line on stderr and exit status 2; --traceback shows where they came from.
+
+    Only what a person can mend is shortened: ValueError, KeyError of a config, OSError. Anything else is a defect
+    of this program and keeps its traceback.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))  # read when JAX is imported: compile once a machine
+    logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell their own story at every step otherwise
+    flags.DEFINE_bool("traceback", False, "Show the traceback of an error that is otherwise one line.")
+
+    def guarded(argv):
+        try:
+            sys.exit(main(argv) or 0)
+        except (ValueError, OSError, ImportError, FloatingPointError) as error:
+            if flags.FLAGS.traceback:
+                raise
+            sys.exit(_fail(error))
+
+    app.run(guarded, flags_parser=parse_flags)
+
+
+def _fail(error: BaseException | str) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return 2
+
+
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """What is left of argv once the flags are read; a mistake in them is one line and exit status 2."""
+    try:
+        left = values(argv)
+        if "config" in values and values.config is not None:
+            dict(values.config)  # a config file that cannot be read shows itself only when it is touched
+        return left
+    except (KeyError, AttributeError) as error:  # ml_collections, of a field that the config lacks
+        sys.exit(_fail(_unknown_field(argv, str(error))))
+    except (ImportError, OSError) as error:
+        sys.exit(_fail(f"--config: cannot read the file: {error}"))
+    except (flags.Error, ValueError, TypeError) as error:
+        sys.exit(_fail(re.sub(r"^flag --(config\.[\w.]+)=", r"\1 = ", str(error))))
+
+
+def _unknown_field(argv: list[str], text: str) -> str:
+    name = re.search(r"'(\w+)'", text.replace("\\", ""))
+    near = re.search(r'Did you mean "(\w+)"', text)
+    given = next(
+        (a[2:].split("=")[0] for a in argv if name and re.search(rf"\b{name[1]}\b", a.split("=")[0])), "config"
+    )
+    meant = given.replace(name[1], near[1]) if name and near else None
+    return f"{given}: no such field" + (f"; did you mean {meant}?" if meant else "; --print_config lists them all")
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A validated, frozen-in-meaning copy: no alignment is one thing, however it was said.
+
+    `align.method = 'none'` and `align.weight = 0` are the same run, so both become method none with weight 0 and
+    nothing of the alignment reaches the compiled program.
+
+    Raises:
+      ValueError: a field holds something that no run can have; the message names the field and the choices.
+    """
+    config = ml_collections.ConfigDict(config.to_dict())
+    flat = flatten(config.to_dict())
+    for field, choices in _CHOICES.items():
+        if flat[field] not in choices:
+            near = difflib.get_close_matches(str(flat[field]), choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"config.{field} = {flat[field]!r}: write one of {', '.join(choices)}{hint}")
+    for field in _POSITIVE:
+        if flat[field] < 1:
+            raise ValueError(f"config.{field} = {flat[field]}: must be at least 1")
+    if config.align.weight < 0:
+        raise ValueError(f"config.align.weight = {config.align.weight}: must not be negative (the loss is minimised)")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"config.ema_decay = {config.ema_decay}: must lie in [0, 1)")
+    if config.batch_size % config.optimizer.grad_accum:
+        raise ValueError(
+            f"config.batch_size = {config.batch_size} does not divide by optimizer.grad_accum = "
+            f"{config.optimizer.grad_accum}"
+        )
+    if not config.data.source:
+        raise ValueError("config.data.source is empty: write --config.data.source=FOLDER, a folder of videos")
+    if config.align.method == "none" or config.align.weight == 0:
+        config.align.update(method="none", weight=0.0)
+    return config
+
+
+def flatten(tree: Mapping, prefix: str = "") -> dict:
+    """Nested mapping -> {'a.b': leaf}."""
+    flat = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        flat.update(flatten(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def identity(config: ml_collections.ConfigDict | Mapping) -> dict:
+    """The flat fields that make a run what it is; JSON types only, so that a stored one compares equal."""
+    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    flat = flatten(tree)
+    kept = {k: v for k, v in flat.items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
+    return json.loads(json.dumps(kept))
+
+
+def default_workdir(config: ml_collections.ConfigDict, name: str) -> Path:
+    """runs/<config>-<scale>-<hash>: the same command finds its own workdir again."""
+    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs") / f"{name}-{config.scale}-{digest}"
+
+
+def compare(stored: Mapping, config: ml_collections.ConfigDict) -> list[str]:
+    """What changed since `stored` was written and is allowed to, as printable lines.
+
+    Raises:
+      ValueError: the workdir belongs to another run (the differing fields are listed), or `steps` changed under a
+        schedule that spans the run, which would give a third run that is neither of the two.
+    """
+    old, new = identity(stored), identity(config)
+    differing = sorted(k for k in old.keys() | new.keys() if old.get(k, "(absent)") != new.get(k, "(absent)"))
+    if differing:
+        shown = "; ".join(
+            f"{k}: {old.get(k, '(absent)')!r} there, {new.get(k, '(absent)')!r} here" for k in differing[:8]
+        )
+        more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise ValueError(
+            f"the workdir belongs to another config ({shown}{more}): give another --workdir, or none to get one"
+        )
+    old_steps = stored["steps"]
+    if old_steps != config.steps and spans_the_run(config):
+        raise ValueError(
+            f"config.steps was {old_steps} here and is now {config.steps}, but a schedule of this run spans all its "
+            "steps: keep the number, or train longer from the start with optimizer.schedule = 'constant'"
+        )
+    flat_old, flat_new = flatten(stored), flatten(config.to_dict())
+    return [
+        f"config.{k}: {flat_old.get(k)!r} -> {flat_new.get(k)!r}"
+        for k in sorted(flat_new)
+        if json.dumps(flat_old.get(k)) != json.dumps(flat_new.get(k))
+    ]
+
+
+def spans_the_run(config: ml_collections.ConfigDict) -> bool:
+    """Whether a learning-rate or alignment schedule is stretched over config.steps."""
+    align = config.align
+    stretched = align.method != "none" and align.schedule != "constant" and not align.schedule_steps
+    return config.optimizer.schedule != "constant" or stretched

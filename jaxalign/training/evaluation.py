@@ -1,0 +1,53 @@
+"""Measuring a student on held-out clips at fixed times and fixed noise, so that two runs meet the same questions."""
+
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxalign.diffusion import fixed_times
+from jaxalign.training.setup import Run
+
+
+def fixed_noise(run: Run, first: int, count: int, seed: int = 0) -> jax.Array:
+    """Standard normal noise [count, t, h, w, c] for the clips number first, first + 1, ...: one draw a clip."""
+    root = jax.random.key(seed)
+    draw = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(root, i), run.latent_shape))
+    return draw(first + jnp.arange(count))
+
+
+def on_device(batch: dict) -> dict:
+    """The parts of a host batch that a task reads."""
+    return {name: jnp.asarray(batch[name]) for name in ("video", "label")}
+
+
+def make_held_out(run: Run):
+    """The compiled `task.held_out`; keep it, for it compiles once."""
+    return jax.jit(run.task.held_out)
+
+
+def held_out_losses(
+    run: Run, trainable, batches: Iterable[dict], *, times: int = 8, seed: int = 0, compiled=None
+) -> dict[str, np.ndarray]:
+    """Mean losses by time, {name: [times]}, over the clips of `batches` (equal sizes, so one compilation).
+
+    Times are the middles of `times` equal parts of the process, smallest noise first. Raises ValueError without clips.
+    """
+    held_out = compiled or make_held_out(run)
+    fractions = fixed_times(times)
+    rows, clips = [], 0
+    for batch in batches:
+        noise = fixed_noise(run, clips, len(batch["video"]), seed)
+        clips += len(batch["video"])
+        rows.append(jax.device_get(held_out(trainable, run.frozen, on_device(batch), noise, fractions)))
+    if not rows:
+        raise ValueError("there is no held-out clip to evaluate on: give a source with a longer or another video")
+    return {name: np.concatenate([row[name] for row in rows], axis=1).mean(axis=1) for name in rows[0]}
+
+
+def summarise(losses: dict[str, np.ndarray]) -> dict[str, float]:
+    """The mean over times of each loss, and denoising by third of the process (little, middling, much noise)."""
+    means = {name: float(values.mean()) for name, values in losses.items()}
+    thirds = np.array_split(losses["denoising"], 3)
+    return means | {f"denoising_{n}": float(v.mean()) for n, v in zip(("low", "mid", "high"), thirds, strict=True)}

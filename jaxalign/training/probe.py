@@ -1,0 +1,74 @@
+"""How much of a teacher a frozen student holds: a fresh head is trained on its tokens, with the run's own method.
+
+A run's own head says how well head and student fit together; a student without alignment has no head at all. A fresh
+head of the same seed, data and number of steps for every student is the same question for all of them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.diffusion.process import draw
+from jaxalign.training.evaluation import held_out_losses, on_device
+from jaxalign.training.setup import Run
+
+
+def fit_heads(
+    run: Run,
+    students: dict[str, object],
+    batches: Iterator[dict],
+    *,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    progress: Callable[[int, dict], None] = lambda step, losses: None,
+) -> dict[str, dict]:
+    """{student's name: heads}: one fresh head each, all from one key, trained on the same draws; students stay frozen.
+
+    `run` must align something; its first alignment is the one that is probed.
+    """
+    task = run.task
+    (alignment,) = task.alignments[:1]
+    root = jax.random.key(seed)
+    fresh = task.init_heads(jax.random.fold_in(root, 0))
+    heads = {name: jax.tree.map(jnp.copy, fresh) for name in students}
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
+
+    def loss(heads, students, frozen, batch, key):
+        clips = batch["video"].shape[0]
+        noise_shape = (clips, *run.latent_shape)
+        fractions, noise = draw(key, jnp.zeros(noise_shape))
+        losses = {}
+        for name, model in students.items():
+            tokens = task.student_tokens({"model": model}, frozen, batch, noise, fractions, alignment.depth)
+            losses[name] = jnp.mean(task.align(alignment, heads[name], tokens, frozen, batch))
+        # The heads share no parameter, so one backward pass of the sum gives each its own gradient.
+        return sum(losses.values()), losses
+
+    @jax.jit
+    def step(heads, opt_state, students, frozen, batch, key):
+        (_, losses), grads = jax.value_and_grad(loss, has_aux=True)(heads, students, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(heads, updates), opt_state, losses
+
+    opt_state = optimizer.init(heads)
+    for number in range(steps):
+        key = jax.random.fold_in(root, number + 1)
+        heads, opt_state, losses = step(heads, opt_state, students, run.frozen, on_device(next(batches)), key)
+        progress(number + 1, losses)
+    return heads
+
+
+def measure(run: Run, trainable, batches: list[dict], *, times: int) -> dict[str, float]:
+    """Held-out {'denoising': ..., 'aligned': ...} of one student, through the heads in `trainable` or, without, raw."""
+    if not trainable["heads"]:
+        bare = tuple(dataclasses.replace(a, head=None) for a in run.task.alignments[:1])
+        run = dataclasses.replace(run, task=dataclasses.replace(run.task, alignments=bare))
+    losses = held_out_losses(run, trainable, batches, times=times)
+    return {
+        "denoising": float(losses["denoising"].mean()),
+        "aligned": float(losses[run.task.alignments[0].name].mean()),
+    }

@@ -1,0 +1,118 @@
+"""From a resolved config to the objects of a run: student, task, frozen networks. Nothing is trained here."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from jaxalign import codecs, teachers
+from jaxalign.alignment.methods import AlignmentSettings
+from jaxalign.alignment.projector import ProjectorConfig, check_grids
+from jaxalign.diffusion import PROCESSES
+from jaxalign.models import MODELS, Student
+from jaxalign.tasks.denoising import Alignment, DenoisingTask, cast
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a config describes; the grids are (t, h, w) in tokens."""
+
+    task: DenoisingTask
+    student: Student
+    model_config: Any
+    frozen: dict[str, Any]
+    latent_shape: tuple[int, int, int, int]
+    student_grid: tuple[int, int, int]
+    teacher_grid: tuple[int, int, int] | None
+
+    def init(self, key) -> dict[str, Any]:
+        """Fresh trainable parameters. The student's keys do not depend on whether there is a head."""
+        student_key, head_key = jax.random.split(key)
+        model = self.student.model(self.model_config, rngs=nnx.Rngs(student_key))
+        return {"model": model, "heads": self.task.init_heads(head_key)}
+
+
+def build(config: ml_collections.ConfigDict, *, num_classes: int = 0) -> Run:
+    """The run that a resolved config describes; `num_classes` is what the data source has.
+
+    The teacher is loaded only if something is aligned. Raises ValueError or OSError, one line, for sizes that do not
+    divide, grids that do not meet and weights that are not there.
+    """
+    student, sizes = _student(config)
+    codec = codecs.load(config.codec.name, config.codec.weights or None)
+    latent_shape = codec.latent_shape((config.data.num_frames, config.data.height, config.data.width))
+    process = _process(config)
+    classes = num_classes if config.model.num_classes == -1 else config.model.num_classes
+    if classes and num_classes > classes:
+        raise ValueError(
+            f"config.model.num_classes = {classes}, but the source has {num_classes} classes; write -1 to take them all"
+        )
+    model_config = student.config(
+        input_size=latent_shape[1:3],
+        num_frames=latent_shape[0],
+        patch_size=config.model.patch_size,
+        in_channels=latent_shape[3],
+        num_classes=classes,
+        learn_sigma=process.learn_sigma,
+        remat=config.remat,
+        attention=config.attention,
+        **sizes,
+    )
+    task = DenoisingTask(
+        process=process, num_classes=classes, class_dropout=config.model.class_dropout, dtype=DTYPES[config.precision]
+    )
+    frozen = {"codec": codec, "teachers": {}}
+    teacher_grid = None
+    if config.align.method != "none":
+        alignment, teacher, teacher_grid = _alignment(config, model_config)
+        task = dataclasses.replace(task, alignments=(alignment,))
+        frozen["teachers"][alignment.teacher] = cast(teacher, task.dtype)
+    return Run(task, student, model_config, frozen, latent_shape, model_config.grid, teacher_grid)
+
+
+def _student(config):
+    """The entry in MODELS and the sizes of the preset."""
+    if config.model.name not in MODELS:
+        raise ValueError(f"config.model.name = {config.model.name!r}: write one of {', '.join(MODELS)}")
+    entry = MODELS[config.model.name]
+    if config.model.preset not in entry.presets:
+        raise ValueError(f"config.model.preset = {config.model.preset!r}: write one of {', '.join(entry.presets)}")
+    return entry, entry.presets[config.model.preset]
+
+
+def _process(config):
+    options = {"learn_sigma": config.learn_sigma} if config.objective == "ddpm" else {}
+    return PROCESSES[config.objective](**options)
+
+
+def _alignment(config, model_config):
+    """(Alignment, teacher, the teacher's grid) of config.align, checked against the student."""
+    align = config.align
+    if not 0 <= align.depth < model_config.depth:
+        raise ValueError(
+            f"config.align.depth = {align.depth}: the student has blocks 0..{model_config.depth - 1} (0-based)"
+        )
+    settings = {k: v for k, v in config.teacher.items() if k not in ("name", "weights")}
+    teacher = teachers.load(config.teacher.name, config.teacher.weights or None, **settings)
+    grid = teacher.grid((config.data.num_frames, config.data.height, config.data.width))
+    head = ProjectorConfig(student_width=model_config.width, teacher_width=teacher.width, **align.projector.to_dict())
+    check_grids(model_config.grid, grid, head)
+    fields = {f.name for f in dataclasses.fields(AlignmentSettings)}
+    return (
+        Alignment(
+            name=align.method,
+            method=align.method,
+            depth=align.depth,
+            teacher=config.teacher.name,
+            head=head,
+            settings=AlignmentSettings(**{k: v for k, v in align.items() if k in fields}),
+            weight=lambda step: jnp.float32(align.weight),
+        ),
+        teacher,
+        grid,
+    )

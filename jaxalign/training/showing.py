@@ -1,0 +1,89 @@
+"""What a run shows of itself: sampled videos, and where its tokens find a point again."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from matplotlib.figure import Figure
+
+from jaxalign.figures import correspondence, video
+from jaxalign.training.evaluation import fixed_noise, on_device
+from jaxalign.training.setup import Run
+
+FIGURE_FRACTION = 0.25  # the share of noise under which the student is asked; the teacher sees the clean clip
+QUERIES = 4
+
+
+class Sampler:
+    """Draws config.sample.count videos, the same ones each time, from fixed noise; compiles once, when first called."""
+
+    def __init__(self, run: Run, config: ml_collections.ConfigDict, *, labels: list[int] | None = None):
+        self.run, self.settings = run, config.sample
+        classes = labels or list(range(run.task.num_classes))
+        self.labels = np.resize(classes, config.sample.count).astype(np.int32) if classes else None
+        self.sample = jax.jit(run.task.sample, static_argnames=("sampler", "steps", "guidance_scale"))
+
+    def __call__(self, model, frozen, *, at_once: int = 4) -> np.ndarray:
+        """uint8 [count, t, h, w, 3]; `at_once` bounds the memory (and, where the sampler draws noise, is part of the seed)."""
+        s = self.settings
+        options = dict(sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale)
+        videos = []
+        for first in range(0, s.count, at_once):
+            rows = np.arange(first, first + at_once) % s.count  # full batches only: one compilation
+            noise = fixed_noise(self.run, first, at_once, s.seed)
+            labels = None if self.labels is None else self.labels[rows]
+            key = jax.random.fold_in(jax.random.key(s.seed), first)
+            videos.append(to_uint8(self.sample(model, frozen, noise, labels, key, **options)))
+        return np.concatenate(videos)[: s.count]
+
+
+def to_uint8(videos) -> np.ndarray:
+    """[-1, 1] -> 0..255."""
+    return np.asarray(jnp.round((videos + 1.0) * 127.5).astype(jnp.uint8))
+
+
+def write_samples(folder: Path, name: str, videos: np.ndarray, fps: float | int, *, single: bool = False) -> list[Path]:
+    """The clips as an MP4 grid and a PNG of film strips, large enough to look at; `single`: and an MP4 each."""
+    videos = video.enlarge(videos, 128)
+    paths = [
+        video.write_mp4(folder / f"{name}.mp4", video.grid(videos), fps),
+        video.write_png(folder / f"{name}.png", video.film_strips(videos)),
+    ]
+    if single:
+        paths += [video.write_mp4(folder / f"{k:04d}.mp4", clip, fps) for k, clip in enumerate(videos)]
+    return paths
+
+
+class Correspondence:
+    """The correspondence figure of one held-out clip: teacher, student at step 0, student now.
+
+    The student's tokens are those that the loss sees: behind the head, under a little noise. A run without alignment
+    has neither teacher nor head and no such figure.
+    """
+
+    def __init__(self, run: Run, config: ml_collections.ConfigDict, clip: dict, initial):
+        self.run, self.config = run, config
+        (self.alignment,) = run.task.alignments[:1]
+        self.batch = {name: value[:1] for name, value in clip.items()}
+        self.tokens = jax.jit(self._tokens)
+        self.teacher = jax.jit(lambda frozen, batch: run.task.teacher_tokens(self.alignment, frozen, batch)[0])
+        self.initial = np.asarray(self.tokens(initial, run.frozen, on_device(self.batch)), np.float32)
+
+    def _tokens(self, trainable, frozen, batch):
+        noise = fixed_noise(self.run, 0, 1)
+        fractions = jnp.full((1,), FIGURE_FRACTION)
+        return self.run.task.aligned_tokens(self.alignment, trainable, frozen, batch, noise, fractions)[0]
+
+    def __call__(self, trainable, step: int, path: Path) -> Figure:
+        """The figure of step `step`, written as PNG to `path` too."""
+        batch = on_device(self.batch)
+        panels = {
+            f"teacher ({self.config.teacher.name})": self.teacher(self.run.frozen, batch),
+            "student, step 0": self.initial,
+            f"student, step {step}": self.tokens(trainable, self.run.frozen, batch),
+        }
+        clip = video.enlarge(self.batch["video"][0], 128)
+        queries = correspondence.moving_queries(clip, self.run.teacher_grid, QUERIES)
+        return correspondence.correspondence_figure(clip, panels, queries, self.config.align.temperature, path)

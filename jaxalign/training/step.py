@@ -1,0 +1,91 @@
+"""One training step, and the diagnostics that look inside one: pure functions of (state, frozen, batch)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxalign.training.state import TrainState, update_ema
+
+
+def make_step(loss: Callable, optimizer: optax.GradientTransformation, *, ema_decay: float, grad_accum: int = 1):
+    """`step(state, frozen, batch, root_key) -> (state, metrics)`.
+
+    A step whose loss or gradient is not finite leaves parameters, moments and average as they were and says so in
+    `metrics['nonfinite']`; the counter advances all the same, for the counter is the position in the data.
+    """
+
+    def gradients(trainable, frozen, batch, key, step):
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch, key, step)
+        return grads, {**metrics, "loss": value}
+
+    def step(state: TrainState, frozen, batch, root_key) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(root_key, state.step)
+        if grad_accum == 1:
+            grads, metrics = gradients(state.trainable, frozen, batch, key, state.step)
+        else:
+            grads, metrics = _accumulate(gradients, state, frozen, batch, key, grad_accum)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = update_ema(state.ema, trainable["model"], state.step, ema_decay)
+        old = (state.trainable, state.opt_state, state.ema)
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), (trainable, opt_state, ema), old)
+        metrics = {
+            **metrics,
+            "grad_norm": grad_norm,
+            "grad_norm_model": optax.global_norm(grads["model"]),
+            "nonfinite": 1.0 - finite.astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, *kept), metrics
+
+    return step
+
+
+def _accumulate(gradients, state, frozen, batch, key, parts: int):
+    """The mean gradient over `parts` slices of the batch, one at a time.
+
+    Slice i takes rows i, i + parts, ... : when the batch is split over devices each of them keeps its own rows.
+    """
+    sliced = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+    keys = jax.random.split(key, parts)
+
+    def body(total, part):
+        rows, k = part
+        out = gradients(state.trainable, frozen, rows, k, state.step)
+        return jax.tree.map(jnp.add, total, out), None
+
+    shapes = jax.eval_shape(
+        lambda: gradients(state.trainable, frozen, jax.tree.map(lambda x: x[0], sliced), key, state.step)
+    )
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zero, (sliced, keys))
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def make_gradient_cosine(denoising: Callable, aligning: Callable):
+    """`f(state, frozen, batch, root_key) -> {name: scalar}`: do denoising and alignment pull the student the same way?
+
+    Cosine and norms of the two gradients on the student's parameters; two backward passes, so it is run now and then
+    and not in every step.
+    """
+
+    def diagnose(state: TrainState, frozen, batch, root_key) -> dict:
+        key = jax.random.fold_in(root_key, state.step)
+
+        def gradient(loss):
+            return jax.grad(lambda t: loss(t, frozen, batch, key, state.step)[0])(state.trainable)["model"]
+
+        d, a = gradient(denoising), gradient(aligning)
+        dot = sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(d), jax.tree.leaves(a), strict=True))
+        norm_d, norm_a = optax.global_norm(d), optax.global_norm(a)
+        return {
+            "gradients/cosine": dot / jnp.maximum(norm_d * norm_a, 1e-30),
+            "gradients/denoising_norm": norm_d,
+            "gradients/alignment_norm": norm_a,
+        }
+
+    return diagnose

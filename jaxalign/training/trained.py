@@ -1,0 +1,52 @@
+"""Opening a workdir to look at what it learnt: config, run and the trained trees, without the optimizer."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import ml_collections
+
+from jaxalign.data.sources import open_source
+from jaxalign.training import config as config_lib
+from jaxalign.training import setup
+from jaxalign.training.restore import load_params
+
+
+class Trained(NamedTuple):
+    """A run as it stands on disk; `trainable` is {'model': student, 'heads': ...} as in training."""
+
+    config: ml_collections.ConfigDict
+    run: setup.Run
+    trainable: dict
+
+
+def read_config(workdir: str | Path) -> ml_collections.ConfigDict:
+    """The config that a workdir was made with; FileNotFoundError for a folder that is none."""
+    path = Path(workdir) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} is no workdir: it has no config.json; give the folder of a run")
+    return ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def open_run(workdir: str | Path, *, weights: str = "ema", overrides: dict | None = None) -> Trained:
+    """The newest whole checkpoint of a workdir; `weights` is 'ema' (the average of the student) or 'raw' (the last).
+
+    `overrides` are sections of the config, e.g. the alignment and teacher of another run: the student is then looked
+    at through that alignment and has no head of its own. Raises FileNotFoundError without a whole checkpoint.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights = {weights!r}: write ema (the averaged student) or raw (the last one)")
+    config = read_config(workdir)
+    config.update(overrides or {})
+    config = config_lib.resolve(config)
+    # Only the number of classes is the data's; a fixed one spares opening the source.
+    classes = len(open_source(config.data.source).classes) if config.model.num_classes == -1 else 0
+    run = setup.build(config, num_classes=classes)
+    abstract = jax.eval_shape(run.init, jax.random.key(0))
+    source = "ema" if weights == "ema" else "trainable.model"
+    model, _ = load_params(workdir, abstract["model"], source=source)
+    heads = {}
+    if run.task.alignments and not overrides:
+        heads, _ = load_params(workdir, abstract["heads"], source="trainable.heads")
+    return Trained(config, run, {"model": model, "heads": heads})

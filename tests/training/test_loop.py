@@ -1,0 +1,220 @@
+"""Whole runs, small: what they leave behind, and that nothing which happens to them changes the end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from jaxalign import teachers
+from jaxalign.data.pipeline import Batches
+from jaxalign.figures.video import write_mp4
+from jaxalign.training import config as config_lib
+from jaxalign.training import loop, manifest
+from jaxalign.training.restore import find_checkpoint, load_params, read_metadata
+
+SMALL = dict(
+    steps=4,
+    batch_size=2,
+    teacher=dict(size=32, stride=8),
+    data=dict(source="synthetic", num_frames=2, height=16, width=16, stride=1),
+    align=dict(projector=dict(hidden=16)),
+    sample=dict(steps=1, count=1),
+    checkpoint=dict(every=2),
+    log_every=1,
+    sample_every=4,
+    eval_every=4,
+)
+FLAGS = [f"--config.{name}={value}" for name, value in config_lib.flatten(SMALL).items()]
+
+
+def small(**changes):
+    config = base.get_config("demo")
+    for layer in (SMALL, changes):
+        config.update(layer)
+    return config_lib.resolve(config)
+
+
+ALIGNED = dict(align=dict(method="m_tsa", weight=0.5))
+
+
+def leaves(workdir: Path) -> dict[str, np.ndarray]:
+    """Every stored leaf of the newest checkpoint."""
+    names = read_metadata(find_checkpoint(workdir))["leaves"]
+    wanted = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (dtype, shape) in names.items()}
+    return {k: np.asarray(v) for k, v in load_params(workdir, wanted, source="")[0].items()}
+
+
+def assert_same_end(one: Path, two: Path, among: str = "") -> None:
+    a, b = leaves(one), leaves(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        if among in name:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert loop.train(small(**ALIGNED), workdir) == 0
+    return workdir
+
+
+def test_what_a_run_leaves_behind(undisturbed, capsys):
+    for name in (
+        "config.json log.txt parameters.txt figures/correspondence_000004.png figures/curves.png"
+        " samples/step_000004.mp4 samples/step_000004.png"
+    ).split():
+        assert (undisturbed / name).stat().st_size > 100, name
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert summary["step"] == 4 and summary["last_checkpoint"] == 4
+    assert {
+        "train",
+        "held_out",
+        "steps_per_second",
+        "tokens_per_second",
+        "peak_memory",
+        "environment",
+    } <= summary.keys()
+    assert np.isfinite(summary["held_out"]["m_tsa"])
+    # Called again, a finished run says so and names its files.
+    before = {p: p.stat().st_mtime for p in (undisturbed / "checkpoints").rglob("*")}
+    assert loop.train(small(**ALIGNED), undisturbed) == 0
+    said = capsys.readouterr().out
+    assert "is finished" in said and "correspondence_000004.png" in said
+    assert before == {p: p.stat().st_mtime for p in (undisturbed / "checkpoints").rglob("*")}
+
+
+def test_kill_and_resume_is_bit_exact(undisturbed, tmp_path):
+    """kill -9 of a real process as soon as its first checkpoint is sealed, then the same command again."""
+    workdir = tmp_path / "killed"
+    command = [sys.executable, "-m", "jaxalign.main", "--config", "configs/tsa.py", "--workdir", str(workdir), *FLAGS]
+    root = Path(__file__).parents[2]
+    shared = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment = {**os.environ, **shared, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    sealed = workdir / "checkpoints" / "2" / manifest.NAME
+    deadline = time.monotonic() + 300
+    while not sealed.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    output = process.communicate()[0].decode()
+    assert sealed.exists(), output
+    assert loop.train(config_lib.resolve(_from_workdir(workdir)), workdir) == 0
+    assert_same_end(undisturbed, workdir)
+
+
+def _from_workdir(workdir):
+    from jaxalign.training.trained import read_config
+
+    return read_config(workdir)
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(undisturbed, tmp_path, capsys):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(undisturbed, workdir)
+    victim = max((workdir / "checkpoints" / "4" / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    assert loop.train(small(**ALIGNED), workdir) == 0
+    assert "skipped the damaged checkpoint" in capsys.readouterr().out
+    assert_same_end(undisturbed, workdir)
+
+
+def test_sigterm_saves_and_says_so(tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "stopped"
+    names = Batches.names
+
+    def names_then_sigterm(self, index):  # called once a step
+        os.kill(os.getpid(), signal.SIGTERM)
+        return names(self, index)
+
+    monkeypatch.setattr(Batches, "names", names_then_sigterm)
+    assert loop.train(small(), workdir) == 143
+    assert "stopped by SIGTERM at step 1, saved" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert loop.train(small(), workdir) == 0
+    assert "resumed at step 1" in capsys.readouterr().out
+    whole = tmp_path / "whole"
+    assert loop.train(small(), whole) == 0
+    assert_same_end(whole, workdir)
+    # Weight 0, however it is said, is that plain run bit for bit.
+    zero = tmp_path / "zero"
+    assert loop.train(small(align=dict(method="m_tsa", weight=0.0)), zero) == 0
+    assert_same_end(whole, zero)
+
+
+def test_another_config_is_refused_and_nothing_is_touched(undisturbed):
+    before = (undisturbed / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        loop.train(small(seed=1, **ALIGNED), undisturbed)
+    assert (undisturbed / "config.json").read_bytes() == before
+
+
+def test_a_full_disk_at_save_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
+    real = manifest.write_manifest
+
+    def full(folder):
+        if folder.name == "2":
+            raise OSError(28, "No space left on device")
+        real(folder)
+
+    monkeypatch.setattr(manifest, "write_manifest", full)
+    assert loop.train(small(), tmp_path / "full") == 0
+    said = capsys.readouterr().out
+    assert "checkpoint 2 was not written (no space left on the disk)" in said
+    summary = json.loads((tmp_path / "full" / "summary.json").read_text())
+    assert summary["failed_saves"] == 1 and summary["last_checkpoint"] == 4
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_non_finite_loss(tmp_path, monkeypatch, capsys, policy):
+    config = small(on_nonfinite=policy, optimizer=dict(learning_rate=1e38, grad_clip=0.0, warmup_steps=0))
+    if policy == "stop":
+        with pytest.raises(FloatingPointError, match=r"non-finite step \d.*clips .*last good checkpoint"):
+            loop.train(config, tmp_path / policy)
+    else:
+        assert loop.train(config, tmp_path / policy) == 0
+        assert "skipped a non-finite step" in capsys.readouterr().out
+        assert json.loads((tmp_path / policy / "summary.json").read_text())["nonfinite_steps"] > 0
+
+
+def test_somebodys_own_folder_with_bad_files_in_it(tmp_path, capsys):
+    folder = tmp_path / "clips"
+    rng = np.random.default_rng(0)
+    for label in ("jump", "run"):
+        (folder / label).mkdir(parents=True)
+        for k in range(2):
+            write_mp4(folder / label / f"{k}.mp4", rng.integers(0, 255, (40, 32, 48, 3), np.uint8), 10)
+    whole = (folder / "run" / "1.mp4").read_bytes()
+    (folder / "run" / "truncated.mp4").write_bytes(whole[: len(whole) // 3])
+    (folder / "jump" / "short.mp4").write_bytes(whole)
+    write_mp4(folder / "jump" / "short.mp4", rng.integers(0, 255, (1, 32, 48, 3), np.uint8), 10)
+    config = small(data=dict(source=str(folder)), model=dict(num_classes=-1))
+    assert loop.train(config, tmp_path / "own") == 0
+    said = capsys.readouterr().out
+    assert "2 classes: jump, run" in said and "run/truncated.mp4" in said and "jump/short.mp4" in said
+    summary = json.loads((tmp_path / "own" / "summary.json").read_text())
+    assert list(summary["skipped_files"]) == ["run/truncated.mp4"]
+    assert summary["short_files"] == ["jump/short.mp4"]
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert loop.dry_run(small(**ALIGNED)) == 0
+    said = capsys.readouterr().out
+    assert "parameters" in said and "teacher" in said and "temporary" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_teachers_are_not_in_the_checkpoint(undisturbed):
+    assert teachers.TEACHERS
+    parts = {name.split(".")[0] for name in leaves(undisturbed)}
+    assert parts == {"step", "trainable", "opt_state", "ema"}
