@@ -25,10 +25,23 @@ _CHOICES = {
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "on_nonfinite": ("stop", "skip"),
 }
-_POSITIVE = (
-    "batch_size steps model.patch_size data.num_frames data.height data.width data.stride optimizer.grad_accum"
-    " checkpoint.every checkpoint.keep log_every sample_every eval_every sample.steps sample.count"
-).split()
+_POSITIVE = [
+    "batch_size",
+    "steps",
+    "model.patch_size",
+    "data.num_frames",
+    "data.height",
+    "data.width",
+    "data.stride",
+    "optimizer.grad_accum",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log_every",
+    "sample_every",
+    "eval_every",
+    "sample.steps",
+    "sample.count",
+]
 
 
 def run_verb(main: Callable[[list[str]], int | None]) -> None:

@@ -36,6 +36,9 @@ SMALL = dict(
 FLAGS = [f"--config.{name}={value}" for name, value in config_lib.flatten(SMALL).items()]
 
 
+FILES = "config.json", "log.txt", "parameters.txt", "figures/correspondence_000004.png", "figures/curves.png"
+
+
 def small(**changes):
     config = base.get_config("demo")
     for layer in (SMALL, changes):
@@ -69,10 +72,7 @@ def undisturbed(tmp_path_factory):
 
 
 def test_what_a_run_leaves_behind(undisturbed, capsys):
-    for name in (
-        "config.json log.txt parameters.txt figures/correspondence_000004.png figures/curves.png"
-        " samples/step_000004.mp4 samples/step_000004.png"
-    ).split():
+    for name in (*FILES, "samples/step_000004.mp4", "samples/step_000004.png"):
         assert (undisturbed / name).stat().st_size > 100, name
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert summary["step"] == 4 and summary["last_checkpoint"] == 4
