@@ -1,0 +1,89 @@
+"""Multi-head attention: one entry, and for each backend the formulation that was fastest there.
+
+Measured on one core of a shared CPU, forward and backward, fp32, 4 heads of 32 channels, jax 0.10.2, relative to
+jax.nn.dot_product_attention:
+  256 tokens, batch 32 (the demo's frames)            `plain` 0.77 of the time, 0.67 of the memory; `head` 0.74, 0.34
+  1536 tokens, batch 2                                `plain` 0.57, 0.67; `head` 0.42, 0.20
+  8 tokens, batch 1024 (the demo's pixels in time)    `plain` 1.08, `head` 1.25, sums of elementwise products 10
+A whole step of the demo takes 0.90 of the time with `plain` on its frames, 0.93 with `head`.
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Below this many tokens the scores are no larger than the tokens, so nothing needs to be saved.
+_SHORT = 64
+# From this many tokens on, the scores of all heads at once cost the CPU more than a loop over the heads.
+_LONG = 1000
+
+
+def attention(
+    q: Float[Array, "b n heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "b n heads d"]:
+    """Softmax(q kᵀ / √d) v for every head, softmax in fp32; the result has v's dtype.
+
+    `implementation` is 'auto' (by backend, dtype and length) or a name in IMPLEMENTATIONS; any other raises
+    ValueError. Source: Vaswani et al. 2017, equation 1.
+    """
+    check_implementation(implementation)
+    if implementation == "auto":
+        device, num_tokens = jax.local_devices()[0], max(q.shape[1], k.shape[1])
+        capability = str(getattr(device, "compute_capability", ""))
+        implementation = choose(device.platform, capability, q.dtype, num_tokens, q.shape[3])
+    return IMPLEMENTATIONS[implementation](q, k, v)
+
+
+def choose(platform: str, capability: str, dtype: jnp.dtype, num_tokens: int, head_dim: int) -> str:
+    """The name that 'auto' stands for; `capability` is an NVIDIA GPU's compute capability, as '9.0'."""
+    if platform == "cpu":
+        return "xla" if num_tokens < _SHORT else "plain" if num_tokens < _LONG else "head"
+    # cuDNN's flash kernels: half precision, Ampere or newer, heads of at most 128 channels in eights.
+    version = re.match(r"(\d+)\.", capability)
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and head_dim <= 128 and head_dim % 8 == 0 and num_tokens >= _SHORT
+    if platform in ("gpu", "cuda") and version and int(version[1]) >= 8 and fits:
+        return "cudnn"
+    return "xla"
+
+
+def check_implementation(name: str) -> None:
+    """Raises ValueError unless `name` is 'auto' or in IMPLEMENTATIONS."""
+    if name != "auto" and name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention {name!r} is not known; write one of {['auto', *IMPLEMENTATIONS]}")
+
+
+def _library(implementation: str) -> Callable:
+    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
+def _core(q: Float[Array, "*b n d"], k: Float[Array, "*b m d"], v: Float[Array, "*b m d"]) -> Float[Array, "*b n d"]:
+    """Attention on matrices in few passes over the scores: the sum divides the output, not the weights."""
+    scores = jnp.einsum("...nd,...md->...nm", q, k, preferred_element_type=jnp.float32)
+    # The maximum cancels out; without its gradient nobody has to look for it again.
+    scores = scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores * q.shape[-1] ** -0.5)
+    mixed = jnp.einsum("...nm,...md->...nd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return (mixed / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
+
+
+def _plain(q: Array, k: Array, v: Array) -> Array:
+    """All heads at once."""
+    return _core(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+
+
+def _head(q: Array, k: Array, v: Array) -> Array:
+    """One head after the other, and again for the gradient: one head's scores are held at a time."""
+    heads = tuple(x.transpose(2, 0, 1, 3) for x in (q, k, v))
+    mixed = jax.lax.map(jax.checkpoint(lambda qkv: _core(*qkv), prevent_cse=False), heads)
+    return mixed.transpose(1, 2, 0, 3)
+
+
+IMPLEMENTATIONS = {"xla": _library("xla"), "cudnn": _library("cudnn"), "plain": _plain, "head": _head}
