@@ -48,8 +48,8 @@ def _defaults() -> dict:
     return dict(
         scale="demo",
         seed=0,
-        steps=400,
-        batch_size=4,
+        steps=500,
+        batch_size=2,
         precision="fp32",  # compute; the masters and the optimizer are fp32 always. 'bf16' on accelerators
         remat=False,
         attention="auto",
@@ -72,8 +72,9 @@ def _defaults() -> dict:
         align=dict(
             method="none",  # none | repa | trd | tsa | m_tsa
             weight=0.0,
-            schedule="constant",
-            schedule_steps=0,  # of a decaying or cut-off schedule; 0: the whole run
+            schedule="constant",  # of the weight: constant | linear | cosine | cutoff
+            schedule_steps=0,  # where a decay or cut-off reaches zero; 0: at the end of the run
+            warmup_steps=0,
             depth=4,  # 0-based block whose output is tapped; even: spatial, odd: temporal
             temperature=0.1,  # tsa, m_tsa: τ
             mask_ratio=0.2,  # m_tsa: share of the positions of a frame that are queries
@@ -91,7 +92,7 @@ def _defaults() -> dict:
             workers=0,
         ),
         optimizer=dict(
-            learning_rate=5e-4,
+            learning_rate=1e-3,
             schedule="cosine",  # constant | linear | cosine, after warmup_steps of linear warmup
             warmup_steps=50,
             b1=0.9,
@@ -108,6 +109,6 @@ def _defaults() -> dict:
         mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
         checkpoint=dict(every=100, keep=3),
         log_every=10,
-        sample_every=200,
-        eval_every=200,
+        sample_every=250,
+        eval_every=100,
     )

@@ -9,4 +9,7 @@ from configs import base
 
 
 def get_config(scale: str = "demo"):
-    return base.get_config(scale, align=dict(method="m_tsa", weight=0.5, temperature=0.1, mask_ratio=0.2))
+    # The paper's 0.5 is for fine-tuning a trained model. A few hundred steps from scratch cannot serve two masters: at
+    # 0.5 the demo's denoising lags by 8 %, at 0.1 the tokens follow the teacher nearly as closely (RESULTS.md).
+    weight = 0.1 if scale == "demo" else 0.5
+    return base.get_config(scale, align=dict(method="m_tsa", weight=weight, temperature=0.1, mask_ratio=0.2))

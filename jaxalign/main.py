@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxalign.training import config as config_lib
+from jaxalign.training import loop
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a scale after a colon.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/<config>-<scale>-<hash>.")
@@ -30,9 +31,6 @@ def main(argv: list[str]) -> int:
         return 0
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workdir = Path(WORKDIR.value) if WORKDIR.value else config_lib.default_workdir(config, name)
-    # Only now: --help and a misspelt field need not wait for JAX.
-    from jaxalign.training import loop
-
     if DRY_RUN.value:
         return loop.dry_run(config)
     return loop.train(config, workdir)

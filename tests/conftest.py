@@ -3,6 +3,10 @@
 import os
 import tempfile
 
+# Most programs of the suite run once: compiling them quickly matters more than running them quickly. Set before JAX
+# starts its backend; processes that tests start inherit it, so bits agree between them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import jax
 import jaxtyping
 import pytest

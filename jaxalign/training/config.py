@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 import ml_collections
 from absl import app, flags, logging
 
@@ -50,12 +51,11 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
     Only what a person can mend is shortened: ValueError, KeyError of a config, OSError. Anything else is a defect
     of this program and keeps its traceback.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))  # read when JAX is imported: compile once a machine
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax tell their own story at every step otherwise
     flags.DEFINE_bool("traceback", False, "Show the traceback of an error that is otherwise one line.")
 
     def guarded(argv):
+        remember_compilations()
         try:
             sys.exit(main(argv) or 0)
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -64,6 +64,16 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
             sys.exit(_fail(error))
 
     app.run(guarded, flags_parser=parse_flags)
+
+
+def remember_compilations() -> None:
+    """Keep compiled programs in the user's cache folder, so that a command compiles once a machine.
+
+    JAX_COMPILATION_CACHE_DIR, if set, says where else.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxalign" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _fail(error: BaseException | str) -> int:

@@ -45,7 +45,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     """
     # ---- What is run, and on what.
     check_writable(workdir)
-    changes = claim_workdir(config, workdir)
+    changes = compare_workdir(config, workdir)
     source, run, mesh, optimizer, abstract, fresh = prepare(config)
     schedule = learning_rate(config)
     root_key = jax.random.key(config.seed)
@@ -63,6 +63,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
     )
     held_out = split_batch(pipeline.held_out(source, HELD_OUT_CLIPS, **clip), config.batch_size)
 
+    # Only now is the workdir this run's: a mistake above leaves nothing behind that the next try would meet.
+    if jax.process_index() == 0:
+        write_atomic(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     report = Report(workdir)
     with report, Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, say=report.say) as checkpoints:
         # ---- Where it stands.
@@ -247,19 +250,16 @@ def finish(report: Report, workdir: Path) -> int:
     return 0
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: Path) -> list[str]:
-    """Write config.json into a new workdir; in an old one check that it is this run's and list what changed."""
+def compare_workdir(config: ml_collections.ConfigDict, workdir: Path) -> list[str]:
+    """What changed since the workdir was made; ValueError if it is another run's."""
     path = workdir / "config.json"
-    changes = []
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise ValueError(f"{path} cannot be read as JSON: mend it, or give another --workdir") from None
-        changes = config_lib.compare(stored, config)
-    if jax.process_index() == 0:
-        write_atomic(path, json.dumps(config.to_dict(), indent=2) + "\n")
-    return changes
+    if not path.exists():
+        return []
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} cannot be read as JSON: mend it, or give another --workdir") from None
+    return config_lib.compare(stored, config)
 
 
 def describe_start(config: ml_collections.ConfigDict, start: int, found) -> str:

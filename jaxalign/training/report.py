@@ -186,7 +186,8 @@ class Report:
         if not self.active:
             return
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
-        text += f"  {self.steps_per_second:.3g} steps/s  ETA {duration(self.seconds_left)}"
+        if math.isfinite(self.steps_per_second):
+            text += f"  {self.steps_per_second:.3g} steps/s  ETA {duration(self.seconds_left)}"
         if self._bar is not None:
             with self._lock:
                 self._bar.set_postfix_str(text.strip(), refresh=False)
@@ -200,10 +201,10 @@ class Report:
 
     @property
     def steps_per_second(self) -> float:
-        """The median speed of the last 20 calls of `progress`: pauses do not count. NaN before the first."""
+        """The median speed of the last 20 calls of `progress`: pauses and compiling do not count. NaN before the second."""
         marks = list(self._marks)
         times = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks) if b[0] > a[0]]
-        times = times[1:] or times  # the first step compiles
+        times = times[1:] if marks and marks[0][0] == self._first else times  # the first step compiles
         middle = statistics.median(times) if times else math.nan
         return 1 / middle if middle else math.nan
 

@@ -9,7 +9,7 @@ import ml_collections
 from flax import nnx
 
 from jaxalign import codecs, teachers
-from jaxalign.alignment.methods import AlignmentSettings
+from jaxalign.alignment.methods import AlignmentSettings, weight_schedule
 from jaxalign.alignment.projector import ProjectorConfig, check_grids
 from jaxalign.diffusion import PROCESSES
 from jaxalign.models import MODELS, Student
@@ -111,7 +111,13 @@ def _alignment(config, model_config):
             teacher=config.teacher.name,
             head=head,
             settings=AlignmentSettings(**{k: v for k, v in align.items() if k in fields}),
-            weight=lambda step: jnp.float32(align.weight),
+            weight=weight_schedule(
+                align.schedule,
+                weight=align.weight,
+                steps=align.schedule_steps or config.steps,
+                warmup=align.warmup_steps,
+                cutoff=align.schedule_steps or config.steps,
+            ),
         ),
         teacher,
         grid,

@@ -26,7 +26,7 @@ class Sampler:
         self.sample = jax.jit(run.task.sample, static_argnames=("sampler", "steps", "guidance_scale"))
 
     def __call__(self, model, frozen, *, at_once: int = 4) -> np.ndarray:
-        """uint8 [count, t, h, w, 3]. `at_once` bounds the memory; where the sampler draws noise it is part of the seed."""
+        """uint8 [count, t, h, w, 3]. `at_once` bounds the memory; if the sampler draws noise it is part of the seed."""
         s = self.settings
         options = dict(sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale)
         videos = []
