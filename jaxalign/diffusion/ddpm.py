@@ -74,9 +74,7 @@ class DDPM:
         alpha_bar = np.cumprod(1.0 - betas)[kept]
         previous = np.append(1.0, alpha_bar[:-1])
         betas = 1.0 - alpha_bar / previous
-        posterior = (
-            betas * (1.0 - previous) / (1.0 - alpha_bar)
-        )  # 0 at the first entry, where log needs a floor
+        posterior = betas * (1.0 - previous) / (1.0 - alpha_bar)  # 0 at the first entry, where log needs a floor
         floor = posterior[1] if len(kept) > 1 else betas[0]
         tables = Tables(
             timesteps=kept,
@@ -188,7 +186,5 @@ def discretised_nll(
     # taken in the lower tail, where fp32 resolves them.
     lowest = cdf(inverse_scale * (centred + half_bin))
     highest = cdf(inverse_scale * (half_bin - centred))
-    inner = cdf(inverse_scale * (half_bin - jnp.abs(centred))) - cdf(
-        inverse_scale * (-half_bin - jnp.abs(centred))
-    )
+    inner = cdf(inverse_scale * (half_bin - jnp.abs(centred))) - cdf(inverse_scale * (-half_bin - jnp.abs(centred)))
     return -jnp.where(x0 < -0.999, log(lowest), jnp.where(x0 > 0.999, log(highest), log(inner)))

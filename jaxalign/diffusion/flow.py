@@ -28,9 +28,7 @@ class RectifiedFlow:
 
     def __post_init__(self):
         if not self.timestep_scale > 0:
-            raise ValueError(
-                f"RectifiedFlow: timestep_scale={self.timestep_scale}; write a positive number (1000.0)"
-            )
+            raise ValueError(f"RectifiedFlow: timestep_scale={self.timestep_scale}; write a positive number (1000.0)")
 
     def timesteps_at(self, fractions: Float[Array, "b"]) -> Float[Array, "b"]:
         """Times at fractions of the process in [0, 1]: the fractions themselves, in fp32."""

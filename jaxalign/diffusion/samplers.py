@@ -51,9 +51,7 @@ def sample(
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"sample: eta={eta}; write a number from 0 (deterministic) to 1 (as noisy as DDPM)")
     if spacing is not None and not isinstance(process, DDPM):
-        raise ValueError(
-            f"sample: spacing={spacing!r} belongs to a DDPM process; leave it out for {sampler!r}"
-        )
+        raise ValueError(f"sample: spacing={spacing!r} belongs to a DDPM process; leave it out for {sampler!r}")
     if key is None and (sampler == "ddpm" or eta > 0.0):
         raise ValueError(f"sample: sampler={sampler!r} with eta={eta} draws noise at every step; give a key")
     options = {"ddim": {"key": key, "spacing": spacing, "eta": eta}, "ddpm": {"key": key, "spacing": spacing}}
@@ -109,9 +107,7 @@ def euler(process, predict, noise, *, steps, clip_denoised):
 SAMPLERS = {"ddim": (DDPM, ddim), "ddpm": (DDPM, ddpm), "euler": (RectifiedFlow, euler)}
 
 
-def guided(
-    predict_with_condition: Callable, condition, null_condition, guidance_scale: float | int
-) -> Callable:
+def guided(predict_with_condition: Callable, condition, null_condition, guidance_scale: float | int) -> Callable:
     """Classifier-free guidance: turn predict(x_t, timesteps, condition) into predict(x_t, timesteps).
 
     out = uncond + guidance_scale · (cond − uncond) on the first c channels, from one call at twice the batch;
@@ -155,9 +151,7 @@ def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str) -> np.n
     if spacing not in SPACINGS:
         raise ValueError(f"spacing={spacing!r} is not known; write one of {SPACINGS}")
     if steps > num_train_timesteps:
-        raise ValueError(
-            f"steps={steps}: there are only {num_train_timesteps} timesteps; write that many or fewer"
-        )
+        raise ValueError(f"steps={steps}: there are only {num_train_timesteps} timesteps; write that many or fewer")
     if spacing == "even":
         if steps == 1:
             return np.array([num_train_timesteps - 1])

@@ -80,9 +80,7 @@ def _shown_frame(video: np.ndarray, index: int, frames: int) -> np.ndarray:
     return video[min(int((index + 0.5) * len(video) / frames), len(video) - 1)]
 
 
-def _same_place(
-    query: tuple[int, int, int], first: tuple[int, ...], other: tuple[int, ...]
-) -> tuple[int, int, int]:
+def _same_place(query: tuple[int, int, int], first: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, int, int]:
     """The token of another grid whose centre is nearest to that of a token of the first grid."""
     return tuple(min(int((q + 0.5) * n / m), n - 1) for q, m, n in zip(query, first, other, strict=True))
 
@@ -170,9 +168,7 @@ def _draw(video, names, queries, frames, first, maps, scale, temperature, title,
 
     for number, query in enumerate(queries):
         axis = picture(number, 0)
-        axis.imshow(
-            _shown_frame(video, query[0], first[0]), extent=extent, interpolation="nearest", aspect="auto"
-        )
+        axis.imshow(_shown_frame(video, query[0], first[0]), extent=extent, interpolation="nearest", aspect="auto")
         centre = (query[2] + 0.5, query[1] + 0.5)
         for colour, width in (("black", 3.4), (MARK, 1.8)):
             axis.plot(*centre, marker="s", markersize=9, mfc="none", mec=colour, mew=width)

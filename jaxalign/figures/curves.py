@@ -38,14 +38,8 @@ def loss_curves(
     Figure is returned. Raises ValueError when there is nothing to draw.
     """
     runs = rows if isinstance(rows, Mapping) else {"": rows}
-    keys = list(
-        keys or dict.fromkeys(key for run in runs.values() for row in run for key in row if key != "step")
-    )
-    series = {
-        (run, key): [(r["step"], float(r[key])) for r in runs[run] if key in r]
-        for run in runs
-        for key in keys
-    }
+    keys = list(keys or dict.fromkeys(key for run in runs.values() for row in run for key in row if key != "step"))
+    series = {(run, key): [(r["step"], float(r[key])) for r in runs[run] if key in r] for run in runs for key in keys}
     keys = [key for key in keys if any(series[run, key] for run in runs)]
     if not keys:
         raise ValueError("loss_curves: no row holds any of the quantities to draw")

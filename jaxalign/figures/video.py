@@ -79,9 +79,7 @@ def gif_bytes(video: UInt8[np.ndarray, "t h w 3"], fps: float | int) -> bytes:
     frames = [Image.fromarray(frame).quantize(256) for frame in video]
     buffer = io.BytesIO()
     duration = max(20, round(100 / fps) * 10)  # milliseconds; players slow down what is shorter than 20
-    frames[0].save(
-        buffer, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=False
-    )
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=False)
     return buffer.getvalue()
 
 

@@ -33,9 +33,7 @@ def motion_energy_ratio(video: UInt8[np.ndarray, "b t h w 3"]) -> Float[np.ndarr
     ratios = []
     for clip in video:
         grey = _grey(clip)
-        in_time, in_rows, in_columns = (
-            float(np.square(np.diff(grey, axis=axis)).mean()) for axis in (0, 1, 2)
-        )
+        in_time, in_rows, in_columns = (float(np.square(np.diff(grey, axis=axis)).mean()) for axis in (0, 1, 2))
         total = in_time + in_rows + in_columns
         ratios.append(in_time / total if total else 0.0)
     return np.asarray(ratios, np.float32)

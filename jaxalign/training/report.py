@@ -201,7 +201,7 @@ class Report:
 
     @property
     def steps_per_second(self) -> float:
-        """The median speed of the last 20 calls of `progress`: pauses and compiling do not count. NaN before the second."""
+        """The median speed of the last 20 calls of `progress`, pauses and compiling left out. NaN before the second."""
         marks = list(self._marks)
         times = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(marks) if b[0] > a[0]]
         times = times[1:] if marks and marks[0][0] == self._first else times  # the first step compiles

@@ -81,9 +81,7 @@ def training_losses(upstream, rng):
             kept.append(output)
             return output
 
-        terms = diffusion.training_losses(
-            network, to_upstream(x0), torch.as_tensor(timesteps), noise=to_upstream(eps)
-        )
+        terms = diffusion.training_losses(network, to_upstream(x0), torch.as_tensor(timesteps), noise=to_upstream(eps))
         terms["loss"].sum().backward()
         for term, value in terms.items():
             arrays[f"{name}/{term}"] = to_numpy(value)

@@ -48,9 +48,7 @@ def test_losses_and_gradients_as_latte(name):
     function, output = _on_output(DDPM(**SETTINGS[name]))
     loss, aux = jax.jit(function)(output)
     gradient = _gradient(function, output, lambda loss, aux: loss)
-    ours = {"loss": loss, "gradient": gradient, "mse": aux["mse"]} | (
-        {"vb": aux["vb"]} if "vb" in aux else {}
-    )
+    ours = {"loss": loss, "gradient": gradient, "mse": aux["mse"]} | ({"vb": aux["vb"]} if "vb" in aux else {})
     theirs = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN if key.startswith(name + "/")}
     assert set(ours) == set(theirs)
     for term, expected in theirs.items():

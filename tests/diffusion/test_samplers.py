@@ -41,9 +41,7 @@ def _compiled(process, predict, noise, key, options):
 
 
 def _draw(process, noise, key=None, predict=None, **options):
-    return np.asarray(
-        _compiled(process, predict or _toy(process), noise, key, tuple(sorted(options.items())))
-    )
+    return np.asarray(_compiled(process, predict or _toy(process), noise, key, tuple(sorted(options.items()))))
 
 
 @pytest.fixture
@@ -91,9 +89,7 @@ def test_a_single_step_starts_from_noise():
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_ddim_as_diffusers(eta, golden_noise):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    theirs = diffusers.DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading"
-    )
+    theirs = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading")
     theirs.set_timesteps(50)
     x = torch.tensor(GOLDEN["noise"])
     for index, t in enumerate(theirs.timesteps):
@@ -142,9 +138,7 @@ def test_euler_as_diffusers():
 def test_euler_clips_the_estimate_of_x0():
     """The last step lands on the last estimate of x0: clamped, it is inside [−1, 1]; else far outside."""
     noise = jnp.asarray(GOLDEN["noise"])
-    bounds = [
-        np.abs(_draw(RectifiedFlow(), noise, steps=8, clip_denoised=clip)).max() for clip in (True, False)
-    ]
+    bounds = [np.abs(_draw(RectifiedFlow(), noise, steps=8, clip_denoised=clip)).max() for clip in (True, False)]
     assert bounds[0] <= 1 + 1e-6 and bounds[1] > 2
 
 
@@ -247,9 +241,7 @@ def test_every_process_has_a_sampler_of_its_own():
     noise = jnp.asarray(GOLDEN["noise"])
     for name, default in (("ddpm", "ddim"), ("flow", "euler")):
         process = PROCESSES[name]()
-        np.testing.assert_array_equal(
-            _draw(process, noise, steps=4), _draw(process, noise, steps=4, sampler=default)
-        )
+        np.testing.assert_array_equal(_draw(process, noise, steps=4), _draw(process, noise, steps=4, sampler=default))
 
 
 @pytest.mark.parametrize(

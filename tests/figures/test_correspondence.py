@@ -80,9 +80,7 @@ def test_the_figure_shows_every_panel(tmp_path):
     panels = {"teacher": follow(2), "student, step 0": tokens(1), "student now": tokens(2, (2, 3, 4))}
     queries = [(0, 3, 1), (0, 1, 6)]
     path = tmp_path / "figures" / "c.png"
-    figure = maps.correspondence_figure(
-        square(), panels, queries, 0.1, path, frames=[1, 2, 3], title="a clip"
-    )
+    figure = maps.correspondence_figure(square(), panels, queries, 0.1, path, frames=[1, 2, 3], title="a clip")
     image = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert image.shape[1] > 1200 and image.std() > 20
 

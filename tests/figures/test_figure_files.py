@@ -94,9 +94,7 @@ def test_smoothing_is_a_mean_that_skips_what_is_not_finite():
 
 def test_curves_draw_every_quantity_of_every_run(tmp_path):
     rows = [{"step": s, "loss": 1 / (1 + s), **({"held out": 0.5} if s == 40 else {})} for s in range(80)]
-    figure = curves.loss_curves(
-        {"tsa": rows, "plain": [{"step": 1, "loss": float("nan")}]}, tmp_path / "a" / "c.png"
-    )
+    figure = curves.loss_curves({"tsa": rows, "plain": [{"step": 1, "loss": float("nan")}]}, tmp_path / "a" / "c.png")
     loss, held_out = figure.axes
     assert loss.get_title() == "loss" and held_out.get_title() == "held out"
     thin, bold, other = loss.lines

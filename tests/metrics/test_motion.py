@@ -19,9 +19,7 @@ def moving(speed, frames=8, contrast=100.0):
     """A smooth texture, the same in both directions, that moves `speed` pixels a frame to the right."""
     y, x = np.mgrid[:64, :64].astype(np.float64)
     frames = [np.sin((x - speed * t) * 0.25) + np.sin(y * 0.25) for t in range(frames)]
-    return np.stack(
-        [(128 + contrast / 2 * f).round().astype(np.uint8)[..., None].repeat(3, -1) for f in frames]
-    )
+    return np.stack([(128 + contrast / 2 * f).round().astype(np.uint8)[..., None].repeat(3, -1) for f in frames])
 
 
 def test_extremes():
