@@ -33,7 +33,8 @@ SMALL = dict(
     sample_every=4,
     eval_every=4,
 )
-FLAGS = [f"--config.{name}={value}" for name, value in config_lib.flatten(SMALL).items()]
+ALIGNED = dict(align=dict(method="m_tsa", weight=0.5))
+FLAGS = [f"--config.{name}={value}" for part in (SMALL, ALIGNED) for name, value in config_lib.flatten(part).items()]
 
 
 FILES = "config.json", "log.txt", "parameters.txt", "figures/correspondence_000004.png", "figures/curves.png"
@@ -44,9 +45,6 @@ def small(**changes):
     for layer in (SMALL, changes):
         config.update(layer)
     return config_lib.resolve(config)
-
-
-ALIGNED = dict(align=dict(method="m_tsa", weight=0.5))
 
 
 def leaves(workdir: Path) -> dict[str, np.ndarray]:
