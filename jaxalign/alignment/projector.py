@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxalign.alignment.grids import resample_time
@@ -24,6 +25,13 @@ CONVS = {
     "same": ((3, 3, 3), (1, 1, 1), (1, 1, 1)),  # 3-D on one grid, where student and teacher already meet
     "frame": ((1, 3, 3), (1, 1, 1), (0, 1, 1)),  # per frame on one grid: iREPA (§1)
 }
+
+
+# Path regex -> sharding of a head inside {'heads': {name: Projector}}, as models have theirs.
+SHARDING_RULES = [
+    (r"heads\.\w+\.[024]\.kernel", PartitionSpec("fsdp", "tensor")),
+    (r"heads\.\w+\.conv\.kernel", PartitionSpec(None, None, None, "fsdp", "tensor")),
+]
 
 
 @dataclasses.dataclass(frozen=True)

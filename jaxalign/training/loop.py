@@ -199,7 +199,7 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
         return create_state(run.init(key), optimizer)
 
     abstract = jax.eval_shape(init, jax.random.key(0))
-    placed = shardings(abstract, run.student.sharding_rules, mesh)
+    placed = shardings(abstract, run.sharding_rules, mesh)
     coverage(abstract.trainable, placed.trainable, mesh)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
     return Prepared(source, run, mesh, optimizer, abstract, jax.jit(init, out_shardings=placed))

@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxalign import codecs, teachers
 from jaxalign.alignment.methods import AlignmentSettings, weight_schedule
+from jaxalign.alignment.projector import SHARDING_RULES as HEAD_RULES
 from jaxalign.alignment.projector import ProjectorConfig, check_grids
 from jaxalign.diffusion import PROCESSES
 from jaxalign.models import MODELS, Student
@@ -29,6 +30,11 @@ class Run:
     latent_shape: tuple[int, int, int, int]
     student_grid: tuple[int, int, int]
     teacher_grid: tuple[int, int, int] | None
+
+    @property
+    def sharding_rules(self) -> list:
+        """Of the whole trainable tree: the heads' first, since a student's list may end with a rule for everything."""
+        return [*HEAD_RULES, *self.student.sharding_rules]
 
     def init(self, key) -> dict[str, Any]:
         """Fresh trainable parameters. The student's keys do not depend on whether there is a head."""
