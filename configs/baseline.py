@@ -1,6 +1,6 @@
 """Plain denoising, no alignment: the run that every other is compared with.
 
-python -m jaxalign.main --config configs/baseline.py            # demo: about 5 minutes on 2 CPU cores
+python -m jaxalign.main --config configs/baseline.py            # demo: minutes on 2 CPU cores
 python -m jaxalign.main --config configs/baseline.py:vdit_l --config.data.source=FOLDER
 """
 
