@@ -5,6 +5,7 @@ Scales are data: plain dicts laid over the defaults, so a new size is a new entr
 """
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 # What `--config configs/METHOD.py:SCALE` means. demo: minutes on two CPU cores, everything it needs comes as two
 # data wheels. vdit_l, vdit_xl: the sizes of Align4Gen's table (methods §5) in pixel space, 128² in patches of 8, which
@@ -39,6 +40,8 @@ def get_config(scale: str = "demo", **method) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(_defaults())
     config.scale = scale
     config.lock()
+    for section in (config.align.beside, config.teacher.beside):
+        section.unlock()  # open lists: a method's config names what stands in them
     for layer in (SCALES[scale], method):
         config.update(layer)
     return config
@@ -65,22 +68,47 @@ def _defaults() -> dict:
         codec=dict(name="pixels", weights=""),
         teacher=dict(
             name="efficientnet_lite0",
-            weights="",  # empty: the file of the installed demo package
-            size=256,
-            stride=16,  # the 112-channel stage: 16 x 16 tokens of a 256² frame
+            weights="",  # upstream's file or a converted folder; empty: the file of the installed demo package
+            # Settings that are not given are the teacher's own defaults (EfficientNet: size 256, stride 16, which is
+            # its 112-channel stage, 16 x 16 tokens a frame). A teacher refuses those that it does not know.
+            size=placeholder(object),  # frames are resized to it: a number or (height, width)
+            stride=placeholder(int),
+            layers=placeholder(object),  # 0-based blocks whose outputs are the tokens
+            norm=placeholder(bool),  # the final norm upon them
+            level=placeholder(int),  # of a pyramid
+            iterations=placeholder(int),  # of a flow network
+            drop_first=placeholder(bool),  # the teacher does not see frame 0 (49 frames -> 48)
+            frames_at_once=placeholder(int),  # bounds the memory
+            beside=dict(),  # {label: teacher section}: more teachers of the same alignment; see align.fusion
         ),
         align=dict(
-            method="none",  # none | repa | trd | tsa | m_tsa
+            # none | repa | irepa | crepa | layersync | align4gen | trd | moalign | tsa | m_tsa
+            method="none",
             weight=0.0,
-            schedule="constant",  # of the weight: constant | linear | cosine | cutoff
+            schedule="constant",  # of the weight: constant | linear | cosine | cutoff | similarity
             schedule_steps=0,  # where a decay or cut-off reaches zero; 0: at the end of the run
             warmup_steps=0,
+            # schedule 'similarity': off once the running mean of 1 - distance reaches the threshold
+            cutoff=dict(threshold=0.5, decay=0.99, permanent=True),
             depth=4,  # 0-based block whose output is tapped; even: spatial, odd: temporal
+            teacher_depth=placeholder(int),  # layersync: the student's own deeper block that is the target
+            # teacher: the head brings the student to the teacher's grid (the papers' path). student: the teacher sees
+            # the frames at the size that puts its tokens on the grid of the head (full resolution)
+            grid="teacher",
+            pool_time=1,  # the teacher's frames after the first are averaged in groups (DINOv2 on CogVideoX: 4)
+            resize=False,  # the teacher's tokens are resized in space to the head's grid (Align4Gen: SAM 2.1)
+            fusion="concat",  # several teachers: concat (one target, each of unit length) | heads (one head each)
             temperature=0.1,  # tsa, m_tsa: τ
             mask_ratio=0.2,  # m_tsa: share of the positions of a frame that are queries
             margin=0.1,  # trd
             part="full",  # trd: full | spatial | temporal
+            tau=10.0,  # moalign: decay with the distance of two frames
+            neighbour=1,  # crepa: distance of the two neighbour frames
+            neighbour_tau=1.0,  # crepa: their weight is exp(-neighbour/neighbour_tau)
+            mean_share=0.6,  # irepa: share of a frame's mean that is taken off the teacher's tokens
+            # hidden 0 leaves the MLP out; conv: none | same | frame | trd | tsa (alignment/projector.py)
             projector=dict(hidden=256, drop_first=False, time_scale=1, conv="none"),
+            beside=dict(),  # {name: fields that differ, with their own teacher=dict(...)}: further alignments
         ),
         data=dict(
             source="demo",  # demo | synthetic | a folder of videos | a folder of ArrayRecord shards

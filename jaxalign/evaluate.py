@@ -71,7 +71,7 @@ def probe(
     for w in workdirs:
         if clip_settings(read_config(w)) != clip_settings(base.config):
             raise ValueError(f"probe: {w} has other clips ({clip_settings(read_config(w))}) than {aligned}")
-    (alignment,) = base.run.task.alignments[:1]
+    alignment = probe_lib.probed(base.run)
     sections = {name: base.config[name].to_dict() for name in ("align", "teacher")}
     students = {w: open_run(w, weights=weights, overrides=sections).trainable["model"] for w in workdirs}
     own_heads = {w: open_run(w, weights=weights).trainable["heads"] for w in workdirs}
@@ -97,7 +97,7 @@ def probe(
     rows = []
     for w, model in students.items():
         heads = {"fresh head": fresh[w.name]}
-        if base.run.student_grid == base.run.teacher_grid:  # else raw tokens have no counterpart
+        if probe_lib.raw_tokens_compare(base.run, alignment):
             heads = {"no head (raw tokens)": {}} | heads
         if alignment.name in own_heads[w]:
             heads["own head"] = own_heads[w]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+Grid = tuple[int, int, int]  # tokens: (frames, rows, columns)
+
 
 def resample_time(tokens: Float[Array, "b t h w d"], scale: int) -> Float[Array, "b s h w d"]:
     """Linear interpolation in time to scale·t frames (VideoREPA and TSA: ×2, 12 latent frames -> 24)."""
@@ -34,6 +36,8 @@ def pool_time(tokens: Float[Array, "b t h w d"], factor: int) -> Float[Array, "b
 
     Raises ValueError unless factor divides t − 1.
     """
+    if factor == 1:
+        return tokens
     b, t, h, w, d = tokens.shape
     if (t - 1) % factor:
         raise ValueError(f"pool_time: {t} frames are not 1 + a multiple of {factor}")

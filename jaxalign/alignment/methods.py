@@ -93,6 +93,9 @@ METHODS: dict[str, Callable] = {
     "m_tsa": m_tsa,
 }
 
+# These compare relations between tokens, not tokens: student and teacher may differ in width.
+RELATIONAL = ("trd", "moalign", "tsa", "m_tsa")
+
 
 def alignment_loss(
     method: str,
@@ -164,22 +167,27 @@ def weight_schedule(
     return schedule
 
 
-def similarity_cutoff(
-    state: dict[str, Array],
-    similarity: Float[Array, ""],
-    *,
-    threshold: float,
-    decay: float = 0.99,
-    permanent: bool = True,
-) -> tuple[dict[str, Array], Float[Array, ""]]:
-    """A factor for the weight: 0 once the running mean of the similarity (1 − distance) is at the threshold.
+@dataclasses.dataclass(frozen=True)
+class Cutoff:
+    """Shuts an alignment off once the running mean of its similarity (1 − distance) has reached `threshold`.
 
-    state: {'mean', 'open'}, begun as `cutoff_start` and kept in the train state; pure, so it resumes as it
-    was. permanent: stay at 0 for ever, else come back when the mean falls below the threshold again
-    (methods.md §1).
+    permanent: for ever; else it comes back when the mean falls below the threshold again (methods.md §1).
     """
-    mean = decay * state["mean"] + (1 - decay) * similarity
-    is_open = jnp.where(mean < threshold, state["open"] if permanent else 1.0, 0.0)
+
+    threshold: float
+    decay: float = 0.99  # of the running mean, which begins at 0
+    permanent: bool = True
+
+
+def similarity_cutoff(
+    state: dict[str, Array], similarity: Float[Array, ""], cutoff: Cutoff
+) -> tuple[dict[str, Array], Float[Array, ""]]:
+    """The state after a step of this similarity, and the factor 0 or 1 of the weight from there on.
+
+    state: {'mean', 'open'}, begun as `cutoff_start` and kept in the train state; pure, so it resumes as it was.
+    """
+    mean = cutoff.decay * state["mean"] + (1 - cutoff.decay) * similarity
+    is_open = jnp.where(mean < cutoff.threshold, state["open"] if cutoff.permanent else 1.0, 0.0)
     return {"mean": mean, "open": is_open}, is_open
 
 

@@ -13,9 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxalign.alignment.grids import resample_time
-
-Grid = tuple[int, int, int]
+from jaxalign.alignment.grids import Grid, resample_time
 
 # name -> kernel, stride, padding over (t, h, w); None for no convolution.
 CONVS = {

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxalign.alignment import spread, tokens
+from jaxalign.alignment import spread, sweep, tokens
 
 
 def cosine_distance(student: Float[Array, "b t n d"], teacher: Float[Array, "_ _ _ _"]) -> Float[Array, " b"]:
@@ -60,7 +60,14 @@ def relation_l1(
     # A block counts (f, g) and (g, f) alike, and sums where the definition takes the mean.
     weights = jax.lax.stop_gradient(jnp.asarray(frame_weights, jnp.float32))
     weights = (weights + weights.T) / (2 * n**2)
-    return _loss(Relation("l1", float(margin), t, n, visited), student, teacher, weights, None)
+    # Nothing here needs a whole frame, as a softmax does: a large one is swept as several short frames.
+    pieces = sweep.choose_pieces(n)
+    if pieces > 1:
+        weights = weights.repeat(pieces, 0).repeat(pieces, 1)
+        visited = visited and tuple(tuple(np.repeat(row, pieces).tolist()) for row in visited for _ in range(pieces))
+    relation = Relation("l1", float(margin), t * pieces, n // pieces, visited)
+    student, teacher = (x.reshape(len(x), relation.t, relation.n, -1) for x in (student, teacher))
+    return _loss(relation, student, teacher, weights, None)
 
 
 def tempered_kl(

@@ -163,6 +163,13 @@ def choose_batch(b: int, n: int) -> int:
     return max(c for c in range(1, b + 1) if b % c == 0 and (c == 1 or c * n * n <= _here(BLOCK)))
 
 
+def choose_pieces(n: int) -> int:
+    """Into how many equal pieces a frame of n positions is cut, so that two of them make a block of good size."""
+    fitting = [n // k for k in range(1, n + 1) if n % k == 0 and (n // k) ** 2 <= _here(BLOCK)]
+    # Where n has no divisor of a useful size (a prime), small pieces would cost more than a large block.
+    return n // fitting[0] if fitting[0] ** 2 * 16 >= _here(BLOCK) else 1
+
+
 def choose_group(visited: np.ndarray, n: int, b: int, parts: int) -> int:
     """How many frames of n positions make a tile: a divisor of t, by the cost of the slowest of `parts` devices.
 

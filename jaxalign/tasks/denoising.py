@@ -1,39 +1,24 @@
 """Training a video denoiser, alone or with its tokens aligned to frozen teachers: what such a run minimises.
 
-    loss = L_denoising + Σ_k w_k(step) · L_k(head_k(tokens after block d_k), teacher_k(video))
+    loss = L_denoising + Σ_k w_k(step) · gate_k · L_k(head_k(tokens after block d_k), target_k(video))
 
 The only place where student and teacher meet. With no alignment in `DenoisingTask.alignments` nothing of it is
 traced: the compiled program, the draws of every key and the parameters are those of the plain run.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxalign.alignment.methods import AlignmentSettings, alignment_loss
-from jaxalign.alignment.projector import Projector, ProjectorConfig
 from jaxalign.diffusion import guided, sample
+from jaxalign.tasks import aligning
+from jaxalign.tasks.aligning import Alignment, cast
 
 Frozen = dict[str, Any]  # {'codec': codec, 'teachers': {name: teacher}}: jit arguments, never trained or saved
 Trainable = dict[str, Any]  # {'model': student, 'heads': {alignment's name: Projector}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Alignment:
-    """One alignment: where the student is tapped, what head and teacher meet, by which method, how much it counts."""
-
-    name: str
-    method: str
-    depth: int  # 0-based index of the tapped block
-    teacher: str  # key into frozen['teachers']
-    head: ProjectorConfig | None  # None: the tapped tokens as they are
-    settings: AlignmentSettings
-    weight: Callable[[Array], Array]  # step -> weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,38 +34,26 @@ class DenoisingTask:
     @property
     def taps(self) -> tuple[int, ...]:
         """The depths that some alignment reads."""
-        return tuple(sorted({a.depth for a in self.alignments}))
+        return tuple(sorted({depth for a in self.alignments for depth in a.taps}))
 
-    def init_heads(self, key) -> dict[str, Projector]:
-        """One fresh projector for each alignment, each from a key of its own name's position."""
-        headed = [a for a in self.alignments if a.head is not None]
-        keys = jax.random.split(key, max(len(headed), 1))
-        return {a.name: Projector(a.head, rngs=nnx.Rngs(k)) for a, k in zip(headed, keys, strict=False)}
+    def loss(self, trainable: Trainable, frozen: Frozen, batch: dict, key, step, gates) -> tuple[Array, dict]:
+        """(scalar, metrics) of one batch: video uint8 [b,t,h,w,3], label int [b]. Pure in its arguments.
 
-    def loss(self, trainable: Trainable, frozen: Frozen, batch: dict, key, step) -> tuple[Array, dict]:
-        """(scalar, metrics) of one batch: video uint8 [b,t,h,w,3], label int [b]. Pure in its arguments."""
-        denoising, tokens, video = self._denoise(trainable, frozen, batch, key)
-        total, heads = jnp.mean(denoising), trainable["heads"]
-        metrics = {"denoising": total}
-        for a in self.alignments:
-            distance = jnp.mean(self._align(a, heads, tokens[a.depth], self._target(a, frozen, video), video))
-            weight = a.weight(step)
-            total = total + weight * distance
-            metrics |= {f"align/{a.name}": distance, f"align/{a.name}_weight": weight}
-        return total, metrics
+        step: for the weights' schedules. gates: {name: state} of the alignments that have a cut-off by similarity.
+        """
+        denoising, tapped, video = self._denoise(trainable, frozen, batch, key)
+        aligned, metrics = self._aligned(trainable, frozen, tapped, video, step, gates)
+        denoising = jnp.mean(denoising)
+        return denoising + aligned, {"denoising": denoising, **metrics}
 
-    def denoising_loss(self, trainable, frozen, batch, key, step) -> tuple[Array, dict]:
+    def denoising_loss(self, trainable, frozen, batch, key, step, gates) -> tuple[Array, dict]:
         """The first term of `loss` alone, with the same draws."""
         return jnp.mean(self._denoise(trainable, frozen, batch, key)[0]), {}
 
-    def aligning_loss(self, trainable, frozen, batch, key, step) -> tuple[Array, dict]:
+    def aligning_loss(self, trainable, frozen, batch, key, step, gates) -> tuple[Array, dict]:
         """The weighted alignment terms of `loss` alone, with the same draws."""
-        _, tokens, video = self._denoise(trainable, frozen, batch, key)
-        total = 0.0
-        for a in self.alignments:
-            distance = self._align(a, trainable["heads"], tokens[a.depth], self._target(a, frozen, video), video)
-            total = total + a.weight(step) * jnp.mean(distance)
-        return total, {}
+        _, tapped, video = self._denoise(trainable, frozen, batch, key)
+        return self._aligned(trainable, frozen, tapped, video, step, gates)
 
     def held_out(
         self,
@@ -96,14 +69,14 @@ class DenoisingTask:
         objectives with and without it compare); an alignment is reported by its name.
         """
         video, latents = encode(frozen, batch, key=None)
-        targets = {a.name: self._target(a, frozen, video) for a in self.alignments}
+        taught = aligning.ask_teachers(self.alignments, frozen["teachers"], video)
 
         def at(fraction):
             timesteps = self.process.timesteps_at(jnp.full(latents.shape[:1], fraction))
-            predict, tokens = self._tapped(trainable, self._condition(batch, None), self.taps)
+            predict, tapped = self._tapped(trainable, self._condition(batch, None), self.taps)
             _, aux = self.process.loss_at(latents, noise, timesteps, predict)
             aligned = {
-                a.name: self._align(a, trainable["heads"], tokens[a.depth], targets[a.name], video)
+                a.name: aligning.distance(a, trainable["heads"], tapped, taught, video, self.dtype)
                 for a in self.alignments
             }
             return {"denoising": aux["mse"], **aligned}
@@ -136,34 +109,35 @@ class DenoisingTask:
         latents = sample(self.process, predict, noise, sampler=sampler or None, steps=steps, key=key)
         return jnp.clip(frozen["codec"].decode(latents).astype(jnp.float32), -1.0, 1.0)
 
-    def student_tokens(self, trainable, frozen, batch, noise, fractions, depth: int) -> Float[Array, "b t h w d"]:
-        """The raw tokens after block `depth`, no head, at given noise and times."""
+    def student_tokens(self, trainable, frozen, batch, noise, fractions, depths: tuple[int, ...]) -> dict[int, Array]:
+        """The raw tokens [b, t, h, w, d] after the blocks `depths`, no head, at given noise and times."""
         _, latents = encode(frozen, batch, key=None)
-        predict, tokens = self._tapped(trainable, self._condition(batch, None), (depth,))
+        predict, tapped = self._tapped(trainable, self._condition(batch, None), depths)
         self.process.loss_at(latents, noise, self.process.timesteps_at(fractions), predict)
-        return tokens[depth]
+        return tapped
 
-    def aligned_tokens(self, a: Alignment, trainable, frozen, batch, noise, fractions) -> Float[Array, "b t h w d"]:
-        """The student's tokens as alignment `a` compares them: behind its head, fp32."""
-        tokens = self.student_tokens(trainable, frozen, batch, noise, fractions, a.depth)
-        return self._behind_head(a, trainable["heads"], tokens).astype(jnp.float32)
-
-    def teacher_tokens(self, a: Alignment, frozen, batch) -> Float[Array, "b t h w d"]:
-        """The teacher's tokens that alignment `a` compares with, fp32."""
+    def compared_tokens(
+        self, a: Alignment, trainable, frozen, batch, noise, fractions
+    ) -> tuple[Float[Array, "b t h w d"], Float[Array, "b t h w e"]]:
+        """The student's tokens behind their head and the target's, fp32, as alignment `a` compares them."""
+        tapped = self.student_tokens(trainable, frozen, batch, noise, fractions, a.taps)
+        student = aligning.behind_head(a, trainable["heads"], tapped, self.dtype)
         video, _ = encode(frozen, batch, key=None)
-        return self._target(a, frozen, video).astype(jnp.float32)
+        target = aligning.target(a, aligning.ask_teachers([a], frozen["teachers"], video), tapped)
+        return student.astype(jnp.float32), target.astype(jnp.float32)
 
-    def align(self, a: Alignment, heads: dict, tokens: Float[Array, "b t h w d"], frozen, batch) -> Float[Array, " b"]:
+    def align(self, a: Alignment, heads: dict, tapped: dict[int, Array], frozen, batch) -> Float[Array, " b"]:
         """The distance of one alignment for given raw student tokens."""
         video, _ = encode(frozen, batch, key=None)
-        return self._align(a, heads, tokens, self._target(a, frozen, video), video)
+        taught = aligning.ask_teachers([a], frozen["teachers"], video)
+        return aligning.distance(a, heads, tapped, taught, video, self.dtype)
 
     def _denoise(self, trainable, frozen, batch, key):
         codec_key, label_key, process_key = jax.random.split(key, 3)
         video, latents = encode(frozen, batch, codec_key)
-        predict, tokens = self._tapped(trainable, self._condition(batch, label_key), self.taps)
+        predict, tapped = self._tapped(trainable, self._condition(batch, label_key), self.taps)
         losses, _ = self.process.training_loss(process_key, latents, predict)
-        return losses, tokens, video
+        return losses, tapped, video
 
     def _condition(self, batch, key) -> Int[Array, " b"] | None:
         """Labels, some replaced by the null label if there is a key (classifier-free guidance's dropout)."""
@@ -187,23 +161,21 @@ class DenoisingTask:
 
         return predict, tokens
 
-    def _target(self, a: Alignment, frozen, video) -> Float[Array, "b t h w d"]:
-        return jax.lax.stop_gradient(frozen["teachers"][a.teacher](video))
-
-    def _align(self, a: Alignment, heads, tokens, target, video) -> Float[Array, " b"]:
-        student = self._behind_head(a, heads, tokens)
-        return alignment_loss(a.method, student, target, video=video, settings=a.settings)
-
-    def _behind_head(self, a: Alignment, heads, tokens):
-        return tokens if a.head is None else cast(heads[a.name], self.dtype)(tokens)
+    def _aligned(self, trainable, frozen, tapped, video, step, gates):
+        """The weighted sum of the alignments' distances, and each distance and weight by name."""
+        taught = aligning.ask_teachers(self.alignments, frozen["teachers"], video)
+        total, metrics = 0.0, {}
+        for a in self.alignments:
+            distance = jnp.mean(aligning.distance(a, trainable["heads"], tapped, taught, video, self.dtype))
+            weight = a.weight(step)
+            if a.name in gates:
+                weight = weight * gates[a.name]["open"]
+            total = total + weight * distance
+            metrics |= {f"align/{a.name}": distance, f"align/{a.name}_weight": weight}
+        return total, metrics
 
 
 def encode(frozen: Frozen, batch: dict, key) -> tuple[Float[Array, "b t h w 3"], Float[Array, "b t h w c"]]:
     """The batch's video in [-1, 1], fp32, and its latents; no key: the codec's mean, no draw."""
     video = batch["video"].astype(jnp.float32) / 127.5 - 1.0
     return video, jax.lax.stop_gradient(frozen["codec"].encode(video, key))
-
-
-def cast(tree, dtype):
-    """The floating leaves of a pytree in `dtype`; a no-op where they are."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign.interop.rules import BATCH_NORM_COUNTS
+from jaxalign.teachers.frames import over_frames
 
 
 class Block(NamedTuple):
@@ -57,7 +58,7 @@ RULES = (BATCH_NORM_COUNTS,)
 class EfficientNetConfig:
     """Settings of the teacher."""
 
-    size: int = 256  # frames are resized to size x size
+    size: int | tuple[int, int] = 256  # frames are resized to (height, width); a number is a square
     stride: int = 16  # chooses the stage that gives the tokens: 8, 16 or 32
     # About so many frames, those of all clips together, go through the network in one step, which bounds the
     # memory. None: 8 on CPU, where more only leave the caches; 64 elsewhere, where fewer leave the device
@@ -67,10 +68,15 @@ class EfficientNetConfig:
     def __post_init__(self):
         if self.stride not in BLOCKS_FOR_STRIDE:
             raise ValueError(f"efficientnet_lite0: stride must be one of 8, 16, 32, not {self.stride}")
-        if self.size < self.stride:
+        if min(self.frame) < self.stride:
             raise ValueError(f"efficientnet_lite0: size {self.size} is less than the stride {self.stride}")
         if self.frames_at_once is not None and self.frames_at_once < 1:
             raise ValueError(f"efficientnet_lite0: frames_at_once must be at least 1, not {self.frames_at_once}")
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        """(height, width) of the frames that the network sees."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int, int]:
@@ -133,7 +139,8 @@ class Conv(nnx.Module):
 class BatchNorm(nnx.Module):
     """BatchNorm that only infers: its statistics are leaves like its scale, since nobody trains a teacher."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, eps: float = BN_EPS):
+        self.eps = eps
         self.scale = nnx.Param(jnp.ones(width))
         self.bias = nnx.Param(jnp.zeros(width))
         self.running_mean = nnx.Param(jnp.zeros(width))
@@ -144,7 +151,7 @@ class BatchNorm(nnx.Module):
         scale, bias, mean, var = (
             p[...].astype(jnp.float32) for p in (self.scale, self.bias, self.running_mean, self.running_var)
         )
-        factor = scale * lax.rsqrt(var + BN_EPS)
+        factor = scale * lax.rsqrt(var + self.eps)
         return x * factor.astype(x.dtype) + (bias - mean * factor).astype(x.dtype)
 
 
@@ -188,7 +195,7 @@ class Blocks(nnx.Module):
 
 
 class EfficientNetLite0(nnx.Module):
-    """video [b, t, h, w, 3] in [-1, 1] -> tokens [b, t, size/stride, size/stride, width], frame by frame."""
+    """video [b, t, h, w, 3] in [-1, 1] -> tokens [b, t, height/stride, width/stride, width], frame by frame."""
 
     def __init__(self, config: EfficientNetConfig = EfficientNetConfig(), *, rngs: nnx.Rngs):
         stem, blocks, head, fc = jax.random.split(rngs.params(), 4)
@@ -207,12 +214,13 @@ class EfficientNetLite0(nnx.Module):
 
     def grid(self, video: tuple[int, int, int]) -> tuple[int, int, int]:
         """(frames, rows, columns) of the tokens of a video of (frames, height, width)."""
-        side = -(-self.config.size // self.config.stride)
-        return video[0], side, side
+        rows, columns = (-(-side // self.config.stride) for side in self.config.frame)
+        return video[0], rows, columns
 
     def __call__(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t h2 w2 d"]:
         """Tokens of the stage that `config.stride` chooses: linear outputs, no activation."""
-        return self._over_frames(video, lambda x: self._features(x, BLOCKS_FOR_STRIDE[self.config.stride]))
+        blocks = BLOCKS_FOR_STRIDE[self.config.stride]
+        return over_frames(lambda x: self._features(x, blocks), video, self._at_once)
 
     def logits(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t 1000"]:
         """ImageNet class scores of every frame."""
@@ -221,36 +229,19 @@ class EfficientNetLite0(nnx.Module):
             x = _pointwise(self._features(x, len(BLOCKS)), self._conv_head.kernel[...])
             return self._fc(jax.nn.relu6(self._bn1(x)).mean((1, 2)))
 
-        return self._over_frames(video, head)
+        return over_frames(head, video, self._at_once)
+
+    @property
+    def _at_once(self) -> int:
+        return self.config.frames_at_once or (8 if jax.default_backend() == "cpu" else 64)
 
     def _features(self, x: Float[Array, "n h w 3"], blocks: int) -> Float[Array, "n h2 w2 d"]:
-        size = self.config.size
-        if x.shape[1:3] != (size, size):
-            x = jax.image.resize(x, (x.shape[0], size, size, 3), "cubic")  # upstream evaluates on bicubic crops
+        size = self.config.frame
+        if x.shape[1:3] != size:
+            x = jax.image.resize(x, (x.shape[0], *size, 3), "cubic")  # upstream evaluates on bicubic crops
         x = ((x.astype(jnp.float32) + 1) * 127.5 - PIXEL_MEAN) / PIXEL_STD
         x = x.astype(self._conv_stem.kernel.dtype)
         x = jax.nn.relu6(self._bn0(_convolution(x, self._conv_stem.kernel[...], 2)))
         for i in range(blocks):
             x = getattr(self._blocks, str(i))(x)
         return x
-
-    def _over_frames(self, video, function):
-        """Applies `function` to frames [n, h, w, 3], a few at a time.
-
-        The loop runs over time and takes the same frames of all clips in each step: the batch axis may be
-        sharded, and cutting along it would move clips between devices.
-        """
-        b, t = video.shape[:2]
-        at_once = self.config.frames_at_once or (8 if jax.default_backend() == "cpu" else 64)
-        steps = -(-t // max(1, min(t, at_once // b)))
-        frames = -(-t // steps)
-        if steps * frames > t:  # the last step is filled up with repeats of the last frame
-            video = jnp.take(video, jnp.minimum(jnp.arange(steps * frames), t - 1), axis=1)
-        video = jnp.moveaxis(video.reshape(b, steps, frames, *video.shape[2:]), 1, 0)
-
-        def step(clips):
-            out = function(clips.reshape(b * frames, *clips.shape[2:]))
-            return out.reshape(b, frames, *out.shape[1:])
-
-        out = jnp.moveaxis(lax.map(step, video), 0, 1)
-        return out.reshape(b, steps * frames, *out.shape[3:])[:, :t]

@@ -13,15 +13,19 @@ import jax
 import ml_collections
 from absl import app, flags, logging
 
+from jaxalign.alignment import methods
+
 # What may change when a workdir is resumed: how long, how often, on which machines; never what is computed.
 NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every", "mesh", "data.workers")
 
-METHODS = ("none", "repa", "trd", "tsa", "m_tsa")
+METHODS = ("none", *methods.METHODS)
 _CHOICES = {
     "precision": ("fp32", "bf16"),
     "objective": ("flow", "ddpm"),
     "align.method": METHODS,
-    "align.schedule": ("constant", "linear", "cosine", "cutoff"),
+    "align.schedule": ("constant", "linear", "cosine", "cutoff", "similarity"),
+    "align.grid": ("teacher", "student"),
+    "align.fusion": ("concat", "heads"),
     "align.part": ("full", "spatial", "temporal"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
     "on_nonfinite": ("stop", "skip"),
@@ -117,8 +121,12 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """
     config = ml_collections.ConfigDict(config.to_dict())
     flat = flatten(config.to_dict())
-    for field, choices in _CHOICES.items():
-        if flat[field] not in choices:
+    if missing := [field for field in (*_CHOICES, *_POSITIVE) if field not in flat]:
+        raise ValueError(f"config.{missing[0]} is missing: another version of jaxalign made this config")
+    # The sections in align.beside name some of the fields of align; which fields there are, alignments.py checks.
+    beside = {k: _CHOICES.get(f"align.{k.split('.')[-1]}") for k in flat if k.startswith("align.beside.")}
+    for field, choices in (_CHOICES | beside).items():
+        if choices and flat[field] not in choices:
             near = difflib.get_close_matches(str(flat[field]), choices, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"config.{field} = {flat[field]!r}: write one of {', '.join(choices)}{hint}")
@@ -138,6 +146,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         raise ValueError("config.data.source is empty: write --config.data.source=FOLDER, a folder of videos")
     if config.align.method == "none" or config.align.weight == 0:
         config.align.update(method="none", weight=0.0)
+        config.align.beside = ml_collections.ConfigDict()  # weight 0 switches off all there is to align
     return config
 
 
@@ -198,5 +207,6 @@ def compare(stored: Mapping, config: ml_collections.ConfigDict) -> list[str]:
 def spans_the_run(config: ml_collections.ConfigDict) -> bool:
     """Whether a learning-rate or alignment schedule is stretched over config.steps."""
     align = config.align
-    stretched = align.method != "none" and align.schedule != "constant" and not align.schedule_steps
-    return config.optimizer.schedule != "constant" or stretched
+    every = [align, *align.beside.values()]
+    stretched = any(a.get("schedule") in ("linear", "cosine", "cutoff") for a in every) and not align.schedule_steps
+    return config.optimizer.schedule != "constant" or (align.method != "none" and stretched)

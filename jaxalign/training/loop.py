@@ -1,6 +1,7 @@
 """The training loop, top to bottom: what is run, where it stands, one step after the other, what a person sees."""
 
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter
@@ -19,6 +20,7 @@ from jaxalign.data.sources import open_source
 from jaxalign.data.summary import summary as describe_source
 from jaxalign.figures import curves
 from jaxalign.figures.video import enlarge, grid
+from jaxalign.tasks.aligning import init_gates, update_gates
 from jaxalign.training import config as config_lib
 from jaxalign.training import environment, evaluation, setup, showing, tensorboard
 from jaxalign.training.checkpoint import Checkpoints, check_writable
@@ -33,7 +35,7 @@ from jaxalign.training.step import make_gradient_cosine, make_step
 from jaxalign.training.stopwatch import Stopwatch
 
 HELD_OUT_CLIPS, HELD_OUT_TIMES = 8, 4  # of the loss curve; `evaluate loss` asks more
-DRAWN = re.compile(r"train/align/\w+(?<!_weight)|held_out/(denoising|\w*tsa|repa|trd)|gradients/cosine")
+DRAWN = re.compile(r"train/align/\w+(?<!_weight)|held_out/(?!denoising_)\w+|gradients/cosine")
 BATCH_PARTS = ("video", "label")  # what travels to the device
 
 
@@ -196,7 +198,7 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
     optimizer = make_optimizer(config)
 
     def init(key):
-        return create_state(run.init(key), optimizer)
+        return create_state(run.init(key), optimizer, init_gates(run.task.alignments))
 
     abstract = jax.eval_shape(init, jax.random.key(0))
     placed = shardings(abstract, run.sharding_rules, mesh)
@@ -207,7 +209,13 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
 
 def compiled_step(config: ml_collections.ConfigDict, run: setup.Run, optimizer, abstract: TrainState):
     """The jitted training step; the state keeps its placement and its buffers."""
-    step = make_step(run.task.loss, optimizer, ema_decay=config.ema_decay, grad_accum=config.optimizer.grad_accum)
+    step = make_step(
+        run.task.loss,
+        optimizer,
+        ema_decay=config.ema_decay,
+        grad_accum=config.optimizer.grad_accum,
+        update_gates=functools.partial(update_gates, run.task.alignments),
+    )
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
 
@@ -269,18 +277,17 @@ def describe_start(config: ml_collections.ConfigDict, start: int, found) -> str:
 
 def describe(config: ml_collections.ConfigDict, run: setup.Run) -> dict[str, str]:
     """What is minimised, on which tokens, and who is aligned with whom."""
-    alignment = "none: plain denoising"
-    if run.task.alignments:
-        a = run.task.alignments[0]
-        alignment = (
-            f"{a.method}, weight {config.align.weight:g} ({config.align.schedule}), after block {a.depth} (0-based); "
-            f"teacher {a.teacher}: tokens {run.teacher_grid}, width {a.head.teacher_width}"
-        )
-    return {
+    facts = {
         "objective": f"{config.objective}, {config.precision}, batch {config.batch_size}",
         "tokens": f"{run.student_grid} (t, h, w)",
-        "alignment": alignment,
     }
+    for a in run.task.alignments:
+        start = float(a.weight(jax.numpy.asarray(config.align.warmup_steps)))
+        against = f"the student's own block {a.teacher_depth}"
+        if a.head is not None:
+            against = f"teacher {' + '.join(a.teachers)}: tokens {a.grid}, width {a.head.teacher_width}"
+        facts[f"alignment {a.name}"] = f"{a.method}, weight {start:g}, after block {a.depth} (0-based); {against}"
+    return facts if run.task.alignments else facts | {"alignment": "none: plain denoising"}
 
 
 def skip_or_stop(config, number: int, values: dict, clips: list[str], checkpoints: Checkpoints, report: Report) -> None:

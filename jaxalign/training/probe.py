@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxalign.alignment.methods import RELATIONAL
 from jaxalign.diffusion.process import draw
+from jaxalign.tasks import aligning
 from jaxalign.training.evaluation import held_out_losses, on_device
 from jaxalign.training.setup import Run
 
@@ -28,12 +30,12 @@ def fit_heads(
 ) -> dict[str, dict]:
     """{student's name: heads}: one fresh head each, all from one key, trained on the same draws; students stay frozen.
 
-    `run` must align something; its first alignment is the one that is probed.
+    `probed(run)` says through which alignment; without one, ValueError.
     """
     task = run.task
-    (alignment,) = task.alignments[:1]
+    alignment = probed(run)
     root = jax.random.key(seed)
-    fresh = task.init_heads(jax.random.fold_in(root, 0))
+    fresh = aligning.init_heads([alignment], jax.random.fold_in(root, 0))
     heads = {name: jax.tree.map(jnp.copy, fresh) for name in students}
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
@@ -43,8 +45,8 @@ def fit_heads(
         fractions, noise = draw(key, jnp.zeros(noise_shape))
         losses = {}
         for name, model in students.items():
-            tokens = task.student_tokens({"model": model}, frozen, batch, noise, fractions, alignment.depth)
-            losses[name] = jnp.mean(task.align(alignment, heads[name], tokens, frozen, batch))
+            tapped = task.student_tokens({"model": model}, frozen, batch, noise, fractions, alignment.taps)
+            losses[name] = jnp.mean(task.align(alignment, heads[name], tapped, frozen, batch))
         # The heads share no parameter, so one backward pass of the sum gives each its own gradient.
         return sum(losses.values()), losses
 
@@ -62,13 +64,25 @@ def fit_heads(
     return heads
 
 
+def probed(run: Run) -> aligning.Alignment:
+    """The alignment through which a run's students are probed: the first with a teacher; ValueError without one."""
+    for alignment in run.task.alignments:
+        if alignment.teachers:
+            return alignment
+    raise ValueError("probe: the run has no teacher to ask; give one that aligns its student with a teacher")
+
+
+def raw_tokens_compare(run: Run, alignment: aligning.Alignment) -> bool:
+    """Whether tokens without a head can meet this target: on its grid, and of its width where the method wants that."""
+    widths = run.model_config.width, alignment.head.teacher_width
+    return run.student_grid == alignment.grid and (alignment.method in RELATIONAL or widths[0] == widths[1])
+
+
 def measure(run: Run, trainable, batches: list[dict], *, times: int) -> dict[str, float]:
     """Held-out {'denoising': ..., 'aligned': ...} of one student, through the heads in `trainable` or, without, raw."""
+    alignment = probed(run)
     if not trainable["heads"]:
-        bare = tuple(dataclasses.replace(a, head=None) for a in run.task.alignments[:1])
-        run = dataclasses.replace(run, task=dataclasses.replace(run.task, alignments=bare))
+        alignment = dataclasses.replace(alignment, head=None)
+    run = dataclasses.replace(run, task=dataclasses.replace(run.task, alignments=(alignment,)))
     losses = held_out_losses(run, trainable, batches, times=times)
-    return {
-        "denoising": float(losses["denoising"].mean()),
-        "aligned": float(losses[run.task.alignments[0].name].mean()),
-    }
+    return {"denoising": float(losses["denoising"].mean()), "aligned": float(losses[alignment.name].mean())}

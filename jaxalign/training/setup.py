@@ -8,28 +8,28 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from jaxalign import codecs, teachers
-from jaxalign.alignment.methods import AlignmentSettings, weight_schedule
+from jaxalign import codecs
+from jaxalign.alignment.grids import Grid
 from jaxalign.alignment.projector import SHARDING_RULES as HEAD_RULES
-from jaxalign.alignment.projector import ProjectorConfig, check_grids
 from jaxalign.diffusion import PROCESSES
 from jaxalign.models import MODELS, Student
-from jaxalign.tasks.denoising import Alignment, DenoisingTask, cast
+from jaxalign.tasks import aligning
+from jaxalign.tasks.denoising import DenoisingTask
+from jaxalign.training import alignments as alignments_lib
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a config describes; the grids are (t, h, w) in tokens."""
+    """What a config describes; `student_grid` is (t, h, w) in tokens."""
 
     task: DenoisingTask
     student: Student
     model_config: Any
     frozen: dict[str, Any]
     latent_shape: tuple[int, int, int, int]
-    student_grid: tuple[int, int, int]
-    teacher_grid: tuple[int, int, int] | None
+    student_grid: Grid
 
     @property
     def sharding_rules(self) -> list:
@@ -40,7 +40,7 @@ class Run:
         """Fresh trainable parameters. The student's keys do not depend on whether there is a head."""
         student_key, head_key = jax.random.split(key)
         model = self.student.model(self.model_config, rngs=nnx.Rngs(student_key))
-        return {"model": model, "heads": self.task.init_heads(head_key)}
+        return {"model": model, "heads": aligning.init_heads(self.task.alignments, head_key)}
 
 
 def build(config: ml_collections.ConfigDict, *, num_classes: int = 0) -> Run:
@@ -72,13 +72,13 @@ def build(config: ml_collections.ConfigDict, *, num_classes: int = 0) -> Run:
     task = DenoisingTask(
         process=process, num_classes=classes, class_dropout=config.model.class_dropout, dtype=DTYPES[config.precision]
     )
-    frozen = {"codec": codec, "teachers": {}}
-    teacher_grid = None
-    if config.align.method != "none":
-        alignment, teacher, teacher_grid = _alignment(config, model_config)
-        task = dataclasses.replace(task, alignments=(alignment,))
-        frozen["teachers"][alignment.teacher] = cast(teacher, task.dtype)
-    return Run(task, student, model_config, frozen, latent_shape, model_config.grid, teacher_grid)
+    alignments, teachers = alignments_lib.build(config, model_config.grid, model_config.width, model_config.depth)
+    task = dataclasses.replace(task, alignments=alignments)
+    frozen = {
+        "codec": codec,
+        "teachers": {key: aligning.cast(teacher, task.dtype) for key, teacher in teachers.items()},
+    }
+    return Run(task, student, model_config, frozen, latent_shape, model_config.grid)
 
 
 def _student(config):
@@ -94,37 +94,3 @@ def _student(config):
 def _process(config):
     options = {"learn_sigma": config.learn_sigma} if config.objective == "ddpm" else {}
     return PROCESSES[config.objective](**options)
-
-
-def _alignment(config, model_config):
-    """(Alignment, teacher, the teacher's grid) of config.align, checked against the student."""
-    align = config.align
-    if not 0 <= align.depth < model_config.depth:
-        raise ValueError(
-            f"config.align.depth = {align.depth}: the student has blocks 0..{model_config.depth - 1} (0-based)"
-        )
-    settings = {k: v for k, v in config.teacher.items() if k not in ("name", "weights")}
-    teacher = teachers.load(config.teacher.name, config.teacher.weights or None, **settings)
-    grid = teacher.grid((config.data.num_frames, config.data.height, config.data.width))
-    head = ProjectorConfig(student_width=model_config.width, teacher_width=teacher.width, **align.projector.to_dict())
-    check_grids(model_config.grid, grid, head)
-    fields = {f.name for f in dataclasses.fields(AlignmentSettings)}
-    return (
-        Alignment(
-            name=align.method,
-            method=align.method,
-            depth=align.depth,
-            teacher=config.teacher.name,
-            head=head,
-            settings=AlignmentSettings(**{k: v for k, v in align.items() if k in fields}),
-            weight=weight_schedule(
-                align.schedule,
-                weight=align.weight,
-                steps=align.schedule_steps or config.steps,
-                warmup=align.warmup_steps,
-                cutoff=align.schedule_steps or config.steps,
-            ),
-        ),
-        teacher,
-        grid,
-    )

@@ -68,22 +68,20 @@ class Correspondence:
         (self.alignment,) = run.task.alignments[:1]
         self.batch = {name: value[:1] for name, value in clip.items()}
         self.tokens = jax.jit(self._tokens)
-        self.teacher = jax.jit(lambda frozen, batch: run.task.teacher_tokens(self.alignment, frozen, batch)[0])
-        self.initial = np.asarray(self.tokens(initial, run.frozen, on_device(self.batch)), np.float32)
+        self.initial = np.asarray(self.tokens(initial, run.frozen, on_device(self.batch))[0])
 
     def _tokens(self, trainable, frozen, batch):
         noise = fixed_noise(self.run, 0, 1)
         fractions = jnp.full((1,), FIGURE_FRACTION)
-        return self.run.task.aligned_tokens(self.alignment, trainable, frozen, batch, noise, fractions)[0]
+        student, target = self.run.task.compared_tokens(self.alignment, trainable, frozen, batch, noise, fractions)
+        return student[0], target[0]
 
     def __call__(self, trainable, step: int, path: Path) -> Figure:
         """The figure of step `step`, written as PNG to `path` too."""
-        batch = on_device(self.batch)
-        panels = {
-            f"teacher ({self.config.teacher.name})": self.teacher(self.run.frozen, batch),
-            "student, step 0": self.initial,
-            f"student, step {step}": self.tokens(trainable, self.run.frozen, batch),
-        }
+        a = self.alignment
+        student, target = self.tokens(trainable, self.run.frozen, on_device(self.batch))
+        shown = " + ".join(a.teachers) or f"the student's own block {a.teacher_depth}"
+        panels = {f"teacher ({shown})": target, "student, step 0": self.initial, f"student, step {step}": student}
         clip = video.enlarge(self.batch["video"][0], 128)
-        queries = correspondence.moving_queries(clip, self.run.teacher_grid, QUERIES)
-        return correspondence.correspondence_figure(clip, panels, queries, self.config.align.temperature, path)
+        queries = correspondence.moving_queries(clip, a.grid, QUERIES)
+        return correspondence.correspondence_figure(clip, panels, queries, a.settings.temperature, path)

@@ -9,21 +9,29 @@ import optax
 from jaxalign.training.state import TrainState, update_ema
 
 
-def make_step(loss: Callable, optimizer: optax.GradientTransformation, *, ema_decay: float, grad_accum: int = 1):
-    """`step(state, frozen, batch, root_key) -> (state, metrics)`.
+def make_step(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    grad_accum: int = 1,
+    update_gates: Callable = lambda gates, metrics: gates,
+):
+    """`step(state, frozen, batch, root_key) -> (state, metrics)`; `update_gates(gates, metrics)` follows the loss.
 
     A step whose loss or gradient is not finite leaves parameters, moments and average as they were and says so in
     `metrics['nonfinite']`; the counter advances all the same, for the counter is the position in the data.
     """
 
-    def gradients(trainable, frozen, batch, key, step):
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trainable, frozen, batch, key, step)
+    def gradients(state, frozen, batch, key):
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, metrics), grads = gradient(state.trainable, frozen, batch, key, state.step, state.gates)
         return grads, {**metrics, "loss": value}
 
     def step(state: TrainState, frozen, batch, root_key) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root_key, state.step)
         if grad_accum == 1:
-            grads, metrics = gradients(state.trainable, frozen, batch, key, state.step)
+            grads, metrics = gradients(state, frozen, batch, key)
         else:
             grads, metrics = _accumulate(gradients, state, frozen, batch, key, grad_accum)
         grad_norm = optax.global_norm(grads)
@@ -32,8 +40,9 @@ def make_step(loss: Callable, optimizer: optax.GradientTransformation, *, ema_de
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         ema = update_ema(state.ema, trainable["model"], state.step, ema_decay)
-        old = (state.trainable, state.opt_state, state.ema)
-        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), (trainable, opt_state, ema), old)
+        new = (trainable, opt_state, ema, update_gates(state.gates, metrics))
+        old = (state.trainable, state.opt_state, state.ema, state.gates)
+        kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
         metrics = {
             **metrics,
             "grad_norm": grad_norm,
@@ -55,12 +64,10 @@ def _accumulate(gradients, state, frozen, batch, key, parts: int):
 
     def body(total, part):
         rows, k = part
-        out = gradients(state.trainable, frozen, rows, k, state.step)
+        out = gradients(state, frozen, rows, k)
         return jax.tree.map(jnp.add, total, out), None
 
-    shapes = jax.eval_shape(
-        lambda: gradients(state.trainable, frozen, jax.tree.map(lambda x: x[0], sliced), key, state.step)
-    )
+    shapes = jax.eval_shape(lambda: gradients(state, frozen, jax.tree.map(lambda x: x[0], sliced), key))
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(body, zero, (sliced, keys))
     return jax.tree.map(lambda x: x / parts, total)
@@ -77,7 +84,8 @@ def make_gradient_cosine(denoising: Callable, aligning: Callable):
         key = jax.random.fold_in(root_key, state.step)
 
         def gradient(loss):
-            return jax.grad(lambda t: loss(t, frozen, batch, key, state.step)[0])(state.trainable)["model"]
+            value = lambda trainable: loss(trainable, frozen, batch, key, state.step, state.gates)[0]  # noqa: E731
+            return jax.grad(value)(state.trainable)["model"]
 
         d, a = gradient(denoising), gradient(aligning)
         dot = sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(d), jax.tree.leaves(a), strict=True))

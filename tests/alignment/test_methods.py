@@ -104,8 +104,9 @@ def test_schedules():
 @pytest.mark.parametrize("permanent, wanted", [(True, [1, 1, 0, 0, 0, 0]), (False, [1, 1, 0, 1, 1, 0])])
 def test_cutoff_by_similarity(permanent, wanted):
     state, factors = methods.cutoff_start(), []
+    cutoff = methods.Cutoff(threshold=0.6, decay=0.5, permanent=permanent)
     for similarity in (0.4, 0.7, 1.0, 0.0, 0.2, 1.0):  # running means .2, .45, .725, .363, .281, .64
-        state, factor = similarity_cutoff(state, jnp.float32(similarity), threshold=0.6, decay=0.5, permanent=permanent)
+        state, factor = similarity_cutoff(state, jnp.float32(similarity), cutoff)
         factors.append(float(factor))
     assert factors == wanted
 

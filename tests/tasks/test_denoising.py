@@ -50,11 +50,11 @@ def test_every_parameter_gets_a_gradient_and_the_loss_is_the_sum(aligned, batch)
     trainable = random_like(aligned.init(jax.random.key(0)))
     key = jax.random.key(1)
     grad = jax.jit(jax.value_and_grad(aligned.task.loss, has_aux=True))
-    (loss, metrics), grads = grad(trainable, aligned.frozen, batch, key, 0)
+    (loss, metrics), grads = grad(trainable, aligned.frozen, batch, key, 0, {})
     assert float(loss) == pytest.approx(float(metrics["denoising"] + 0.5 * metrics["align/m_tsa"]), rel=1e-6)
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
     parts = [
-        jax.jit(f)(trainable, aligned.frozen, batch, key, 0)[0]
+        jax.jit(f)(trainable, aligned.frozen, batch, key, 0, {})[0]
         for f in (aligned.task.denoising_loss, aligned.task.aligning_loss)
     ]
     assert float(loss) == pytest.approx(float(sum(parts)), rel=1e-6)
@@ -62,13 +62,13 @@ def test_every_parameter_gets_a_gradient_and_the_loss_is_the_sum(aligned, batch)
 
 def test_without_alignment_nothing_of_it_is_there(aligned, batch):
     plain = small_run()
-    assert plain.frozen["teachers"] == {} and plain.teacher_grid is None
+    assert plain.frozen["teachers"] == {} and plain.task.alignments == ()
     key = jax.random.key(3)
     with_head, without = aligned.init(key), plain.init(key)
     assert without["heads"] == {}
     for a, b in zip(jax.tree.leaves(with_head["model"]), jax.tree.leaves(without["model"]), strict=True):
         np.testing.assert_array_equal(a, b)
-    arguments = (random_like(without), plain.frozen, batch, key, 0)
+    arguments = (random_like(without), plain.frozen, batch, key, 0, {})
     text = jax.jit(plain.task.loss).lower(*arguments).as_text()
     assert "top_k" not in text and len(jax.tree.leaves(plain.frozen)) == 0
     _, metrics = jax.jit(plain.task.loss)(*arguments)
@@ -113,11 +113,11 @@ def test_sampling_is_a_function_of_its_noise(objective, batch):
 def test_bfloat16_computes_and_keeps_fp32_masters(batch):
     run = small_run(precision="bf16", align=dict(method="trd", weight=0.5))
     trainable = random_like(run.init(jax.random.key(0)))
-    grads = jax.jit(jax.grad(lambda t: run.task.loss(t, run.frozen, batch, jax.random.key(1), 0)[0]))(trainable)
+    grads = jax.jit(jax.grad(lambda t: run.task.loss(t, run.frozen, batch, jax.random.key(1), 0, {})[0]))(trainable)
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads))
     exact = dataclasses.replace(run.task, dtype=jnp.float32)
     frozen = jax.tree.map(lambda x: x.astype(jnp.float32), run.frozen)
-    full = jax.jit(jax.grad(lambda t: exact.loss(t, frozen, batch, jax.random.key(1), 0)[0]))(trainable)
+    full = jax.jit(jax.grad(lambda t: exact.loss(t, frozen, batch, jax.random.key(1), 0, {})[0]))(trainable)
     a, b = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(tree)]) for tree in (grads, full))
     assert float(jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b)) > 0.98
 

@@ -12,7 +12,7 @@ from jaxalign.training.state import create_state, update_ema
 from jaxalign.training.step import make_gradient_cosine, make_step
 
 
-def quadratic(trainable, frozen, batch, key, step):
+def quadratic(trainable, frozen, batch, key, step, gates):
     error = batch["x"] @ trainable["model"]["kernel"] - batch["y"]
     loss = jnp.mean(error**2)
     return loss, {"denoising": loss}
