@@ -1,14 +1,18 @@
-"""Metrics of finished runs: `python -m jaxalign.evaluate {loss,probe} --workdir RUN [--workdir RUN ...]`.
+"""Metrics of finished runs: `python -m jaxalign.evaluate {loss,probe} --workdir RUN [--workdir RUN ...]`, and of
+teachers before a run: `python -m jaxalign.evaluate teachers --teachers NAME[:setting=value...],... --videos WHERE`.
 
 loss    held-out denoising loss by time, alignment distance (the run's own head), motion of samples beside real clips
 probe   how much of the teacher each student holds: the alignment distance on raw tapped tokens, through a fresh head
         trained for each frozen student (same seed, data and steps), and through the run's own head. The first
         --workdir with an alignment says which teacher, block and method.
+teachers  what frozen teachers see in videos (a file, a folder or `demo`), to choose one before spending GPU-days on
+        it: IICR over k, spectrum and its gap Δ (Align4Gen), PCA maps, trajectories, X-T slices, flow
 
 Held-out clips, times and noise are the same for every run. Rows are printed as a Markdown table and kept as JSON:
-evaluate_loss.json in each workdir, evaluate_probe.json in the first.
+evaluate_loss.json in each workdir, evaluate_probe.json in the first. `teachers` keeps a CSV and pictures in --out.
 """
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,12 +22,16 @@ from absl import flags
 
 from jaxalign.data import pipeline
 from jaxalign.data.sources import open_source
+from jaxalign.figures import teachers as teacher_figures
+from jaxalign.metrics import teacher_report
 from jaxalign.metrics.motion import motion_magnitude
 from jaxalign.training import config as config_lib
 from jaxalign.training import evaluation, showing
 from jaxalign.training import probe as probe_lib
 from jaxalign.training.data_settings import clip_settings, split_batch
 from jaxalign.training.trained import open_run, read_config
+
+SHOWN_CLIPS = 3  # clips that the pictures of `teachers` show
 
 
 def loss(workdirs: Sequence[Path], *, weights: str = "ema", clips: int = 16, times: int = 8) -> list[dict]:
@@ -109,6 +117,49 @@ def probe(
     return rows
 
 
+def teachers(
+    asked: Sequence[teacher_report.Asked],
+    videos: str,
+    out: Path,
+    *,
+    clips: int = 16,
+    frames: int = 16,
+    size: tuple[int, int] = (256, 256),
+    stride: int = 3,
+    clusters: Sequence[int] = (2, 4, 8, 16, 32),
+) -> list[dict]:
+    """One row a teacher, written to teachers.csv in `out` beside the pictures; see the module's docstring.
+
+    Raises ValueError and FileNotFoundError for teachers, weights and videos that are not there or do not fit.
+    """
+    shapes = teacher_report.check(asked, (frames, *size))
+    given = teacher_report.open_clips(videos, clips, frames=frames, size=size, stride=stride)
+    print(f"{len(given.videos)} clips of {frames} frames at {size[0]}×{size[1]} from {len(set(given.names))} videos")
+    for note in given.notes:
+        print(f"  {note}")
+    shown, measured = teacher_report.clips_to_show(given.names, SHOWN_CLIPS), []
+    for one, shape in zip(asked, shapes, strict=True):
+        print(f"{one.label}: {'×'.join(map(str, shape[:3]))} outputs of {shape[3]}", flush=True)
+        measured.append(teacher_report.measure(one, given.videos, clusters, show=shown, progress=_say_clips(clips)))
+    rows = [teacher_report.row(one, clusters) for one in measured]
+    paths = teacher_figures.draw(measured, given, shown, clusters, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "teachers.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    if len({one.shape[1:3] for one in measured if not one.is_flow}) > 1:
+        print("note: Δ depends on the grid; compare it between teachers whose rows and columns are equal")
+    print("to look at:", *(f"  {path}" for path in [out / "teachers.csv", *paths]), sep="\n")
+    return rows
+
+
+def _say_clips(count: int):
+    """A line about every fourth of the clips: k-means takes its time."""
+    every = max(1, count // 4)
+    return lambda done: print(f"  clip {done}/{count}", flush=True) if done % every == 0 else None
+
+
 def held_out(config, clips: int) -> list[dict]:
     """The first `clips` held-out clips of a run's source, in batches of equal size."""
     found = pipeline.held_out(open_source(config.data.source), clips, **clip_settings(config))
@@ -133,10 +184,15 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     given = flags.FLAGS
     words = {"loss": loss, "probe": probe}
-    if len(argv) != 2 or argv[1] not in words:
-        raise ValueError(f"write what to evaluate: python -m jaxalign.evaluate {{{','.join(words)}}} --workdir RUN")
+    if len(argv) != 2 or argv[1] not in (*words, "teachers"):
+        names = ",".join((*words, "teachers"))
+        raise ValueError(f"write what to evaluate: python -m jaxalign.evaluate {{{names}}} --workdir RUN")
+    if argv[1] == "teachers":
+        return _teachers_of_flags(given)
     if not given.workdir:
         raise ValueError("--workdir is missing: give the folder of a run")
+    if given.weights not in ("ema", "raw"):
+        raise ValueError(f"--weights={given.weights}: write ema or raw")
     options = dict(weights=given.weights, clips=given.clips, times=given.times)
     if argv[1] == "probe":
         options |= dict(steps=given.steps, learning_rate=given.learning_rate, seed=given.seed)
@@ -144,12 +200,35 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _teachers_of_flags(given) -> int:
+    if not given.videos:
+        raise ValueError("--videos is missing: give a file, a folder, or demo")
+    asked = teacher_report.parse_teachers(given.teachers, "" if given.weights == "ema" else given.weights)
+    try:
+        clusters = sorted({int(k) for k in given.clusters})
+    except ValueError:
+        raise ValueError(f"--clusters={','.join(given.clusters)}: write whole numbers, 2,4,8") from None
+    options = dict(clips=given.clips, frames=given.frames, stride=given.stride, clusters=clusters)
+    size = teacher_report.parse_size(given.size)
+    print(table(teachers(asked, given.videos, Path(given.out), size=size, **options)))
+    return 0
+
+
 if __name__ == "__main__":
     flags.DEFINE_multi_string("workdir", [], "A run to look at; may be given several times.")
-    flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "The averaged students or the last ones.")
-    flags.DEFINE_integer("clips", 16, "Held-out clips.", lower_bound=1)
+    flags.DEFINE_string(
+        "weights", "ema", "ema or raw: the averaged students or the last ones. teachers: NAME=FILE,... of their files."
+    )
+    flags.DEFINE_integer("clips", 16, "Clips; of a run's the held-out ones.", lower_bound=1)
     flags.DEFINE_integer("times", 8, "Times of the process at which each clip is asked.", lower_bound=3)
     flags.DEFINE_integer("steps", 200, "probe: training steps of a fresh head.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-3, "probe: of a fresh head (Adam, cosine to zero).")
     flags.DEFINE_integer("seed", 0, "probe: of the fresh heads and their data.")
+    flags.DEFINE_string("teachers", "", "teachers: NAME[:setting=value...], several with commas between.")
+    flags.DEFINE_string("videos", "", "teachers: a video, a folder of videos, or a source (demo).")
+    flags.DEFINE_string("out", "runs/teachers", "teachers: the folder for CSV and pictures.")
+    flags.DEFINE_integer("frames", 16, "teachers: frames of a clip.", lower_bound=2)
+    flags.DEFINE_string("size", "256", "teachers: pixels of a clip, 256 or HEIGHTxWIDTH; each teacher resizes them.")
+    flags.DEFINE_integer("stride", 3, "teachers: frames of the video from one of the clip to the next.", lower_bound=1)
+    flags.DEFINE_list("clusters", "2,4,8,16,32", "teachers: the numbers of clusters k of IICR.")
     config_lib.run_verb(main)
