@@ -72,13 +72,17 @@ def _defaults() -> dict:
             # Settings that are not given are the teacher's own defaults (EfficientNet: size 256, stride 16, which is
             # its 112-channel stage, 16 x 16 tokens a frame). A teacher refuses those that it does not know.
             size=placeholder(object),  # frames are resized to it: a number or (height, width)
-            stride=placeholder(int),
+            resize=placeholder(str),  # how, where a teacher has a choice
+            antialias=placeholder(bool),
+            drop_first=placeholder(bool),  # the teacher does not see frame 0 (49 frames -> 48)
+            stride=placeholder(int),  # of a convolutional stage
             layers=placeholder(object),  # 0-based blocks whose outputs are the tokens
             norm=placeholder(bool),  # the final norm upon them
-            level=placeholder(int),  # of a pyramid
+            output=placeholder(str),  # of a pyramid: fpn | trunk
+            level=placeholder(int),
             iterations=placeholder(int),  # of a flow network
-            drop_first=placeholder(bool),  # the teacher does not see frame 0 (49 frames -> 48)
-            frames_at_once=placeholder(int),  # bounds the memory
+            frames_at_once=placeholder(int),  # these two bound the memory
+            pairs_at_once=placeholder(int),
             beside=dict(),  # {label: teacher section}: more teachers of the same alignment; see align.fusion
         ),
         align=dict(

@@ -20,19 +20,9 @@ jax.config.update("jax_compilation_cache_dir", _CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _define_torchvision_ops():
-    """torchvision's extension is built for CUDA's torch; beside a CPU torch its import needs these two schemas."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+from jaxalign.benchmarks import torchvision_ops  # noqa: E402  (behind the hook, so that it is checked too)
 
-
-_TORCHVISION_OPS = _define_torchvision_ops()  # the schemas live as long as this reference
+_TORCHVISION_OPS = torchvision_ops.define()
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
 """A read-only mapping from names to arrays whose bytes stay in the file until somebody touches them."""
 
 import difflib
+import mmap
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -9,9 +11,12 @@ import numpy as np
 class LazyArrays(Mapping):
     """Mapping name -> array view of a memory-mapped file; looking a name up reads no bytes."""
 
-    def __init__(self, views: dict[str, Callable[[], np.ndarray]], source: str):
+    def __init__(
+        self, views: dict[str, Callable[[], np.ndarray]], source: str, release: Callable[[], None] = lambda: None
+    ):
         self._views = views
         self.source = source  # the file's path, for error messages
+        self.release = release  # takes the pages that were read out of this process; they are read again on demand
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
@@ -28,7 +33,7 @@ class LazyArrays(Mapping):
         if not views:
             first = next(iter(self._views), None)
             raise ValueError(f"{self.source}: no tensor's name starts with {prefix!r}; the first is {first!r}")
-        return LazyArrays(views, self.source)
+        return LazyArrays(views, self.source, self.release)
 
     def __contains__(self, name: object) -> bool:
         return name in self._views
@@ -41,3 +46,13 @@ class LazyArrays(Mapping):
 
     def __repr__(self) -> str:
         return f"LazyArrays({len(self)} tensors of {self.source})"
+
+
+def map_file(path: str | Path) -> tuple[np.ndarray, Callable[[], None]]:
+    """(the bytes of a file as a read-only memory map, a function that gives its pages back to the system)."""
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Pages once read count as this process's memory until somebody needs the room: as much again as the model.
+    give_back = getattr(mmap, "MADV_DONTNEED", None)
+    release = (lambda: None) if give_back is None else (lambda: mapped.madvise(give_back))
+    return np.frombuffer(mapped, np.uint8), release

@@ -1,21 +1,23 @@
 """One engine that carries weights between NNX modules and PyTorch state dicts, both ways, for every network.
 
-Names come from the module's own attributes; `rules.py` says what a model's table may add. Import works leaf
-by leaf on an abstract module (`jax.eval_shape`), so the peak is the model plus one leaf, or plus one shard of
-a leaf where leaves go straight into a sharding.
+Names come from the module's own attributes; `rules.py` says what a model's table may add. Import works key
+by key on an abstract module (`jax.eval_shape`): each of upstream's arrays is copied from the mapped file into
+its place in a leaf and its pages are let go, so the peak is the model plus one layer's array; leaves that have
+a sharding read each device's part only. Export goes leaf by leaf in the same way.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from jaxalign.interop.dtypes import is_floating
-from jaxalign.interop.rules import Fixed, Ignored, Join, Rename, Reshape, Rule, Split, Stack, Tied, Transpose
+from jaxalign.interop.mismatch import check
+from jaxalign.interop.rules import Fixed, Join, Rename, Reshape, Rule, Split, Stack, Tied, Transpose
 
 Module = TypeVar("Module")
 
@@ -58,7 +60,7 @@ class _Piece:
 # ---- leaf -> pieces ----------------------------------------------------------------------------------------
 
 
-def _leaves(module: Any) -> tuple[list[tuple[str, Any]], Any]:
+def named_leaves(module: Any) -> tuple[list[tuple[str, Any]], Any]:
     """(dotted path, leaf) of every leaf, and the tree's structure."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(module)
 
@@ -163,7 +165,7 @@ class _Plan:
 
 
 def _plan(module: Any, rules: Sequence[Rule]) -> _Plan:
-    leaves, treedef = _leaves(module)
+    leaves, treedef = named_leaves(module)
     by_name: dict[str, list[_Piece]] = {}
     for path, leaf in leaves:
         pieces = [_Piece(path, np.dtype(leaf.dtype), path, tuple((0, n) for n in leaf.shape))]
@@ -194,39 +196,64 @@ def _plan(module: Any, rules: Sequence[Rule]) -> _Plan:
 # ---- the public functions ----------------------------------------------------------------------------------
 
 
-def upstream_shapes(module: Any, rules: Sequence[Rule] = ()) -> dict[str, jax.ShapeDtypeStruct]:
-    """Upstream's keys with shapes and dtypes, for a module or an abstract one; allocates no leaf."""
+def upstream_shapes(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Upstream's keys with shapes and dtypes, for a module or an abstract one; allocates no leaf.
+
+    `dtype` stands in for that of the floating ones, as in `upstream_arrays`.
+    """
     plan = _plan(module, rules)
-    shapes = {n: jax.ShapeDtypeStruct(plan.shape(n), ps[0].dtype) for n, ps in plan.pieces.items()}
-    shapes |= {n: jax.ShapeDtypeStruct((a := rule.array()).shape, a.dtype) for n, rule in plan.fixed.items()}
+    shapes = {n: jax.ShapeDtypeStruct(plan.shape(n), _cast_to(ps[0].dtype, dtype)) for n, ps in plan.pieces.items()}
+    for name, rule in plan.fixed.items():
+        table = rule.array()
+        shapes[name] = jax.ShapeDtypeStruct(table.shape, _cast_to(table.dtype, dtype))
     return shapes | {name: shapes[source] for name, source in plan.tied.items()}
 
 
-def state_dict(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> dict[str, np.ndarray]:
-    """PyTorch state dict of a module: arrays of their own in upstream's names, axes and order.
+def _cast_to(own: np.dtype, dtype: Any) -> np.dtype:
+    return np.dtype(dtype) if dtype is not None and is_floating(own) else np.dtype(own)
 
-    `dtype` casts the floating ones. Leaves are fetched one by one.
+
+def upstream_arrays(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of the state dict, one after the other in the order of our leaves; each is an array of its own.
+
+    Leaves are fetched one by one and nothing is kept, so that a model can be written out without a second copy of
+    it in memory. `dtype` casts the floating ones, fixed tables too.
     """
     plan = _plan(module, rules)
-    by_leaf: dict[str, list[_Piece]] = {}
-    for piece in (piece for pieces in plan.pieces.values() for piece in pieces):
-        by_leaf.setdefault(piece.leaf, []).append(piece)
-    arrays: dict[str, Any] = dict.fromkeys(plan.pieces)  # fixes the order of the keys
-    parts: dict[str, dict[int, np.ndarray]] = {}
-    for path, leaf in plan.leaves:
-        host = np.asarray(leaf)
-        if dtype is not None and is_floating(host.dtype):
-            host = host.astype(dtype)
-        for piece in by_leaf[path]:
-            array = np.array(piece.outward(host), order="C")
-            if piece.part:
-                parts.setdefault(piece.name, {})[piece.part[1]] = array
-            else:
-                arrays[piece.name] = array
-    for name, found in parts.items():
-        arrays[name] = np.concatenate([found[i] for i in sorted(found)], plan.pieces[name][0].part[0])
-    arrays |= {name: rule.array() for name, rule in plan.fixed.items()}
-    return arrays | {name: arrays[source].copy() for name, source in plan.tied.items()}
+    by_leaf = _by_leaf(plan)
+    tied: dict[str, list[str]] = {}
+    for name, source in plan.tied.items():
+        tied.setdefault(source, []).append(name)
+
+    def cast(array: np.ndarray) -> np.ndarray:
+        return np.array(array, dtype=_cast_to(array.dtype, dtype), order="C")
+
+    waiting: dict[str, list[np.ndarray]] = {}  # parts of a joined key; `_plan` has put its pieces in order
+
+    def whole() -> Iterator[tuple[str, np.ndarray]]:
+        for path, leaf in plan.leaves:
+            host = np.asarray(leaf)
+            for piece in by_leaf[path]:
+                if piece.part is None:
+                    yield piece.name, cast(piece.outward(host))
+                    continue
+                parts = waiting.setdefault(piece.name, [None] * len(plan.pieces[piece.name]))
+                parts[piece.part[1]] = cast(piece.outward(host))
+                if all(part is not None for part in parts):
+                    yield piece.name, np.concatenate(waiting.pop(piece.name), piece.part[0])
+        for name, rule in plan.fixed.items():
+            yield name, cast(rule.array())
+
+    for name, array in whole():
+        yield name, array
+        for twin in tied.get(name, ()):
+            yield twin, array.copy()
+
+
+def state_dict(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> dict[str, np.ndarray]:
+    """PyTorch state dict of a module in upstream's names, axes and order; as `upstream_arrays`."""
+    arrays = dict(upstream_arrays(module, rules, dtype=dtype))
+    return {name: arrays[name] for name in upstream_shapes(module, rules)}
 
 
 def load_state_dict(
@@ -236,27 +263,47 @@ def load_state_dict(
     *,
     dtype: Any = None,
     sharding: Any = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Module:
     """The module with its leaves taken from a PyTorch state dict; `module` may be abstract (jax.eval_shape).
 
-    `weights` maps names to arrays or lazy views. Leaves keep the module's dtypes, or floating ones become
-    `dtype`. `sharding`: one jax Sharding for all leaves, a pytree of them shaped like the module, or a
-    function (dotted leaf path, shape) -> Sharding or None; each device then reads only its part of the file.
+    `weights` maps names to arrays or lazy views. Leaves keep the module's dtypes, or floating ones become `dtype`, or
+    with dtype='keep' what the file has. `sharding`: one jax Sharding for all leaves, a pytree of them shaped like the
+    module, or a function (dotted leaf path, shape) -> Sharding or None; each device then reads only its part of the
+    file. `progress` is called with the count of numbers that were just read.
     Raises ValueError that lists keys nothing takes, leaves nothing fills, shapes that differ, tables that
     differ.
     """
     plan = _plan(module, rules)
-    _check(plan, weights, rules)
+    wanted = {name: (plan.shape(name), pieces[0].dtype) for name, pieces in plan.pieces.items()}
+    check(wanted, plan.fixed, plan.tied, weights, rules)
+    by_leaf, place = _by_leaf(plan), placement(sharding, plan.leaves, plan.treedef)
+    release = getattr(weights, "release", lambda: None)  # pages of a mapped file, once they were copied
+
+    def done(count: int) -> None:
+        release()
+        if progress is not None:
+            progress(count)
+
+    loaded = []
+    for path, leaf in plan.leaves:
+        pieces = by_leaf[path]
+        target = np.dtype(leaf.dtype)
+        if is_floating(target) and isinstance(dtype, str) and dtype == "keep":
+            stored = {weights[piece.name].dtype for piece in pieces}
+            target = stored.pop() if len(stored) == 1 else target
+        elif is_floating(target) and dtype is not None:
+            target = np.dtype(dtype)
+        sources = [(piece, _source(plan, weights, piece)) for piece in pieces]
+        loaded.append(_place(sources, leaf.shape, target, place(path, leaf.shape), done))
+    return jax.tree_util.tree_unflatten(plan.treedef, loaded)
+
+
+def _by_leaf(plan: _Plan) -> dict[str, list[_Piece]]:
     by_leaf: dict[str, list[_Piece]] = {}
     for piece in (piece for pieces in plan.pieces.values() for piece in pieces):
         by_leaf.setdefault(piece.leaf, []).append(piece)
-    place = _placement(sharding, plan)
-    loaded = []
-    for path, leaf in plan.leaves:
-        target = np.dtype(dtype) if dtype is not None and is_floating(leaf.dtype) else np.dtype(leaf.dtype)
-        sources = [(piece, _source(plan, weights, piece)) for piece in by_leaf[path]]
-        loaded.append(_place(sources, leaf.shape, target, place(path, leaf.shape)))
-    return jax.tree_util.tree_unflatten(plan.treedef, loaded)
+    return by_leaf
 
 
 # ---- import in detail --------------------------------------------------------------------------------------
@@ -278,18 +325,21 @@ def _source(plan: _Plan, weights: Mapping[str, np.ndarray], piece: _Piece) -> Ca
     return get
 
 
-def _place(sources: list, shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> jax.Array:
+def _place(
+    sources: list, shape: tuple[int, ...], dtype: np.dtype, sharding: Any, done: Callable[[int], None]
+) -> jax.Array:
     """Fills a leaf, or each device's part of it, from the pieces that overlap it."""
 
     def fill(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-        out = np.empty([stop - start for start, stop in bounds], dtype)
+        out = _aligned([stop - start for start, stop in bounds], dtype)
         for piece, get in sources:
             both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, piece.box, strict=True)]
             if all(start < stop for start, stop in both) or not shape:
                 there = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, bounds, strict=True))
                 here = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(both, piece.box, strict=True))
                 out[there] = get()[here]
+                done(math.prod(stop - start for start, stop in both))
         return out
 
     if sharding is None:
@@ -297,60 +347,21 @@ def _place(sources: list, shape: tuple[int, ...], dtype: np.dtype, sharding: Any
     return jax.make_array_from_callback(shape, sharding, fill)
 
 
-def _placement(sharding: Any, plan: _Plan) -> Callable[[str, tuple[int, ...]], Any]:
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts at a multiple of 64 bytes: JAX on CPU then takes it as it is and copies nothing."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def placement(sharding: Any, leaves: list[tuple[str, Any]], treedef: Any) -> Callable[[str, tuple[int, ...]], Any]:
+    """(dotted leaf path, shape) -> Sharding or None, for all that `sharding` may be in `load_state_dict`."""
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return lambda path, shape: sharding
-    if jax.tree_util.tree_structure(sharding) == plan.treedef:
-        by_path = {path: leaf for (path, _), leaf in zip(plan.leaves, jax.tree_util.tree_leaves(sharding), strict=True)}
+    if jax.tree_util.tree_structure(sharding) == treedef:
+        by_path = {path: leaf for (path, _), leaf in zip(leaves, jax.tree_util.tree_leaves(sharding), strict=True)}
         return lambda path, shape: by_path[path]
     if callable(sharding):
         return sharding
     raise ValueError("sharding= must be a Sharding, a pytree of them shaped like the module, or a function")
-
-
-def _check(plan: _Plan, weights: Mapping[str, np.ndarray], rules: Sequence[Rule]) -> None:
-    """Compares keys, shapes, kinds of numbers and fixed tables before a single leaf is filled."""
-    known = plan.pieces.keys() | plan.fixed.keys() | plan.tied.keys()
-    ignored = [re.compile(rule.pattern) for rule in rules if isinstance(rule, Ignored)]
-    extra = [name for name in weights if name not in known and not any(p.fullmatch(name) for p in ignored)]
-    missing = [name for name in plan.pieces if name not in weights]
-    wrong = []
-    for name in plan.pieces:
-        if name in weights:
-            array, piece = weights[name], plan.pieces[name][0]
-            if tuple(array.shape) != plan.shape(name):
-                wrong.append(f"{name} (file {tuple(array.shape)}, model {plan.shape(name)})")
-            elif is_floating(array.dtype) != is_floating(piece.dtype):
-                wrong.append(f"{name} (file {array.dtype}, model {piece.dtype})")
-    for name, rule in plan.fixed.items():
-        if name in weights:
-            array, table = np.asarray(weights[name]), rule.array()
-            if array.shape != table.shape:
-                wrong.append(f"{name} (file {array.shape}, model {table.shape})")
-            elif rule.check and not np.allclose(array.astype(table.dtype), table, rtol=0, atol=rule.atol):
-                wrong.append(f"{name} (its values differ from the table that the model computes)")
-    for name, source in plan.tied.items():
-        if name in weights and source in weights and not np.array_equal(weights[name], weights[source]):
-            wrong.append(f"{name} (differs from {source}, with which it is tied)")
-    if problems := [
-        f"{len(names)} {what}: {_few(names)}"
-        for names, what in (
-            (extra, "keys of the file that the model has no place for"),
-            (missing, "keys that the model needs and the file lacks"),
-            (wrong, "keys that do not fit"),
-        )
-        if names
-    ]:
-        # DataParallel and bigger networks put a prefix before every name; say so instead of listing them all.
-        prefixed = (name for name in extra if missing and name.endswith("." + missing[0]))
-        stem = next(prefixed, "").removesuffix(missing[0] if missing else "")
-        if stem and all(stem + name in weights for name in missing):
-            problems.append(f"every key starts with {stem!r}: open the file with prefix={stem!r}")
-        source = getattr(weights, "source", None)
-        where = f"{source}: " if source else ""
-        raise ValueError(f"{where}these weights do not fit the model ({len(plan.pieces)} keys): {'; '.join(problems)}")
-
-
-def _few(names: Iterable[str], most: int = 4) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

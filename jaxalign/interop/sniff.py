@@ -31,10 +31,12 @@ def kind(path: str | Path) -> str:
 
     if head.startswith(b"PK"):
         return _zip_kind(path)
+    # Eight bytes of header length, then JSON. Asked before PyTorch, because a length may begin with pickle's 0x80; no
+    # pickle has the zeros of a length behind it.
+    if head[8:9] == b"{" and head[5:8] == b"\0\0\0":
+        return SAFETENSORS
     if head[:1] == b"\x80":
         return TORCH_LEGACY
-    if len(head) > 8 and head[8:9] == b"{":  # eight bytes of header length, then JSON
-        return SAFETENSORS
     if text.startswith(b"{") and path.name.endswith(".json"):
         return SAFETENSORS_INDEX
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):

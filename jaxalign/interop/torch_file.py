@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.interop import restricted_pickle, sniff
-from jaxalign.interop.arrays import LazyArrays
+from jaxalign.interop.arrays import LazyArrays, map_file
 from jaxalign.interop.restricted_pickle import Damaged, Refused, Storage, StorageType, Tensor
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -34,11 +34,27 @@ def read(path: str | Path, *, key: str | None = None, lazy: bool = False) -> Map
     but tensors (named), no or several parts without `key` (lists them); FileNotFoundError, IsADirectoryError.
     """
     path = Path(path)
+    tree, storage_bytes, release = _open(path)
+    tensors = _flatten(_select(tree, key, path), path)
+    views = {name: _view(tensor, storage_bytes) for name, tensor in tensors.items()}
+    arrays = LazyArrays(views, str(path), release)
+    return arrays if lazy else {name: np.array(array, order="C") for name, array in arrays.items()}
+
+
+def parts(path: str | Path) -> list[str]:
+    """Keys for `read`: a file's containers that directly hold tensors, those with the most first. Raises as it."""
+    candidates = _candidates(_open(Path(path))[0])
+    return sorted(candidates, key=lambda name: -candidates[name])
+
+
+def _open(path: Path) -> tuple[Any, "_Bytes", Callable[[], None]]:
+    """(the unpickled tree, the bytes of its storages, what gives the file's pages back), or the errors of `read`."""
     kind = sniff.kind(path)
     if kind not in (sniff.TORCH_ZIP, sniff.TORCH_LEGACY):
         raise ValueError(f"{path}: a {kind} file, not a PyTorch one; open it with weights.open_weights")
     try:
-        tree, storage_bytes = (_open_zip if kind == sniff.TORCH_ZIP else _open_legacy)(path)
+        raw, release = map_file(path)
+        tree, storage_bytes = (_open_zip if kind == sniff.TORCH_ZIP else _open_legacy)(path, raw)
     except Refused as error:
         raise ValueError(
             f"{path}: refused: its pickle wants {error}, and only tensors in dicts, lists and tuples are "
@@ -47,10 +63,7 @@ def read(path: str | Path, *, key: str | None = None, lazy: bool = False) -> Map
         ) from None
     except Damaged as error:
         raise ValueError(f"{path}: truncated or damaged ({error}); download it again") from error
-    tensors = _flatten(_select(tree, key, path), path)
-    views = {name: _view(tensor, storage_bytes) for name, tensor in tensors.items()}
-    arrays = LazyArrays(views, str(path))
-    return arrays if lazy else {name: np.array(array, order="C") for name, array in arrays.items()}
+    return tree, storage_bytes, release
 
 
 # ---- the two layouts: both give the unpickled tree and a function key -> (bytes, is big-endian) ------------
@@ -58,8 +71,7 @@ def read(path: str | Path, *, key: str | None = None, lazy: bool = False) -> Map
 _Bytes = Callable[[str], tuple[np.ndarray, bool]]
 
 
-def _open_zip(path: Path) -> tuple[Any, _Bytes]:
-    raw = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
+def _open_zip(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in records if name.endswith("data.pkl") and name.count("/") <= 1]
@@ -100,7 +112,7 @@ def _open_zip(path: Path) -> tuple[Any, _Bytes]:
     return tree, lambda key: (storage_bytes(key), big)
 
 
-def _open_legacy(path: Path) -> tuple[Any, _Bytes]:
+def _open_legacy(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
     lengths: dict[str, tuple[int, int]] = {}  # root storage -> (elements, bytes of one)
 
     def storage(pid: tuple) -> Storage:
@@ -127,7 +139,6 @@ def _open_legacy(path: Path) -> tuple[Any, _Bytes]:
         keys = restricted_pickle.load(file)
         position = file.tell()
 
-    raw = np.memmap(path, np.uint8, mode="r").view(np.ndarray)
     places: dict[str, np.ndarray] = {}
     for key in keys if isinstance(keys, list) else ():
         if key not in lengths:

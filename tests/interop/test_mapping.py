@@ -1,7 +1,9 @@
 """The mapping engine on a module shaped like the V-DiT: names, stacks, fixed tables, dtypes, placement."""
 
 import re
+import sys
 import tracemalloc
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxalign.interop import mapping, safetensors_file
 from jaxalign.interop.rules import Fixed, Stack
+from jaxalign.interop.weights import open_weights
 
 torch = pytest.importorskip("torch")
 
@@ -180,13 +183,49 @@ def test_an_extra_block_is_noticed(vdit_state):
 
 def test_dtype_on_the_way_in_and_out(vdit_state):
     half = {name: array.astype(ml_dtypes.bfloat16) for name, array in vdit_state.items()}
-    half |= {name: vdit_state[name] for name in ("pos_embed", "temp_embed")}
+    # the tables are rounded in such a file, too, which is no difference
     loaded = mapping.load_state_dict(jax.eval_shape(vdit_like), half, VDIT_RULES)
     assert loaded.final_layer.linear.kernel.dtype == jnp.float32  # fp32 masters are the module's own dtype
     same(mapping.state_dict(loaded, VDIT_RULES, dtype=ml_dtypes.bfloat16), half)
     loaded = mapping.load_state_dict(jax.eval_shape(vdit_like), vdit_state, VDIT_RULES, dtype=jnp.bfloat16)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(loaded))
-    same(mapping.state_dict(loaded, VDIT_RULES), half)
+    tables = {name: vdit_state[name] for name in ("pos_embed", "temp_embed")}
+    same(mapping.state_dict(loaded, VDIT_RULES), half | tables)
+
+
+def test_keep_takes_the_files_numbers(vdit_state):
+    """fp16 where the file has it; a leaf whose blocks differ in the file stays what the module says."""
+    state = {name: array.astype(np.float16) for name, array in vdit_state.items()}
+    state["blocks.1.mlp.fc1.bias"] = vdit_state["blocks.1.mlp.fc1.bias"]
+    state["x_embedder.proj.bias"] = vdit_state["x_embedder.proj.bias"].astype(ml_dtypes.bfloat16)
+    loaded = mapping.load_state_dict(jax.eval_shape(vdit_like), state, VDIT_RULES, dtype="keep")
+    assert loaded.final_layer.linear.kernel.dtype == np.float16
+    assert loaded.x_embedder.proj.bias.dtype == ml_dtypes.bfloat16
+    assert getattr(loaded.blocks, "1").mlp.fc1.bias.dtype == np.float32
+    assert getattr(loaded.blocks, "0").mlp.fc1.bias.dtype == np.float16
+    exported = mapping.state_dict(loaded, VDIT_RULES, dtype=np.float16)
+    assert exported["pos_embed"].tobytes() == state["pos_embed"].tobytes()
+
+
+def test_a_table_that_is_wrong_is_wrong_in_fp16_too(vdit_state):
+    vdit_state["pos_embed"] = (table(PATCHES) + 0.01).astype(np.float16)
+    with pytest.raises(ValueError, match="1 key that does not fit: pos_embed"):
+        mapping.load_state_dict(jax.eval_shape(vdit_like), vdit_state, VDIT_RULES)
+
+
+def test_arrays_come_one_by_one(vdit_state):
+    """The stream has what the dict has, each key once, and progress counts every number."""
+    loaded = random_like(jax.eval_shape(vdit_like))
+    stream = list(mapping.upstream_arrays(loaded, VDIT_RULES))
+    assert len({name for name, _ in stream}) == len(stream)
+    same(dict(stream), mapping.state_dict(loaded, VDIT_RULES))
+    shapes = mapping.upstream_shapes(loaded, VDIT_RULES)
+    assert [(name, shapes[name].shape, shapes[name].dtype) for name, _ in stream] == [
+        (name, array.shape, array.dtype) for name, array in stream
+    ]
+    counts = []
+    mapping.load_state_dict(jax.eval_shape(vdit_like), vdit_state, VDIT_RULES, progress=counts.append)
+    assert sum(counts) == sum(leaf.size for leaf in jax.tree.leaves(loaded))
 
 
 # ---- where leaves go ---------------------------------------------------------------------------------------
@@ -262,6 +301,45 @@ def test_peak_memory_is_the_model_and_one_leaf(tmp_path):
     tracemalloc.stop()
     assert float(loaded.l7.kernel[...].sum()) == size
     assert peak < 4 * size * (leaves + 1.5)
+
+
+def resident_file_bytes():
+    """Pages of mapped files that count as this process's memory."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssFile"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_pages_of_the_file_are_given_back(tmp_path):
+    """A mapped file that was read would count as a second copy of the model."""
+    size, abstract = 1 << 20, jax.eval_shape(lambda: leaves_of(blocks__kernel=(16, 1024, 1024)))
+    arrays = {f"blocks.{i}.weight": np.full((1024, 1024), i, np.float32) for i in range(16)}
+    safetensors_file.write(tmp_path / "w.safetensors", arrays)
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, tmp_path / "w.pth")
+    for file in ("w.safetensors", "w.pth"):
+        weights = open_weights(tmp_path / file)
+        before, most = resident_file_bytes(), []
+        note = lambda count, most=most: most.append(resident_file_bytes())  # noqa: E731
+        loaded = mapping.load_state_dict(abstract, weights, (Stack("blocks"),), progress=note)
+        assert float(loaded.blocks.kernel[...][15, 3, 3]) == 15
+        assert len(most) == 16 and max(most) - before < 2 * 4 * size
+        assert float(np.asarray(weights["blocks.7.weight"]).max()) == 7  # they are read again where somebody looks
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices have memory of their own")
+def test_leaves_are_not_copied_once_more_on_cpu():
+    seen = []
+    original = mapping._aligned
+
+    def watched(shape, dtype):
+        seen.append(original(shape, dtype))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mapping, "_aligned", watched)
+        module = leaves_of(a=(64, 64))
+        loaded = mapping.load_state_dict(module, mapping.state_dict(module))
+    assert loaded.a[...].unsafe_buffer_pointer() == seen[0].ctypes.data
 
 
 def test_loaded_leaves_do_not_alias_the_file(tmp_path):

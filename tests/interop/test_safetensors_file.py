@@ -2,11 +2,12 @@
 
 import json
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxalign.interop import safetensors_file, weights
+from jaxalign.interop import safetensors_file, sniff, weights
 
 
 @pytest.fixture
@@ -109,3 +110,39 @@ def test_the_content_decides(tmp_path, arrays, sharded):
         weights.open_weights(tmp_path / "weights.bin", key="model")
     with pytest.raises(FileNotFoundError, match="no such file"):
         weights.open_weights(tmp_path / "nothing.pth")
+
+
+def test_a_length_that_looks_like_a_pickle(tmp_path):
+    """The header's length is the first byte of the file, and 0x80 also begins every pickle."""
+    path = tmp_path / "w.safetensors"
+    for width in range(300):
+        safetensors_file.write(path, {"a" * width: np.ones(3, np.float32)})
+        if path.read_bytes()[0] == 0x80:
+            break
+    assert path.read_bytes()[0] == 0x80 and sniff.kind(path) == sniff.SAFETENSORS
+    same(weights.open_weights(path), {"a" * width: np.ones(3, np.float32)})
+
+
+def test_stream_is_whole_or_not_there(tmp_path, arrays):
+    path = tmp_path / "w.safetensors"
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+    safetensors_file.write_stream(path, shapes, reversed(arrays.items()), notes={"network": "x"})
+    same(safetensors_file.open_file(path), arrays)
+    before = path.read_bytes()
+
+    def breaks():
+        yield "a", arrays["a"]
+        raise OSError("no space left on the disk")
+
+    some = list(arrays.items())
+    for stream, error in (
+        (breaks(), "no space left"),
+        (some[:-1], "'f' was announced and never came"),
+        ([*some, some[0]], "'a' .* was not announced, or came twice"),
+        ([("a", arrays["a"].astype(np.float16))], "'a' float16.* was not announced"),
+    ):
+        with pytest.raises((OSError, ValueError), match=error):
+            safetensors_file.write_stream(path, shapes, stream)
+        assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(ValueError, match="'a' is complex128, for which safetensors has no name"):
+        safetensors_file.write(path, {"a": np.zeros(3, np.complex128)})

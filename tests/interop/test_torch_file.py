@@ -202,6 +202,7 @@ def test_parts_need_a_key(tmp_path):
         ValueError, match=r"say which with key=: 'state_dict' \(2 tensors\), 'ema.shadow.x' \(1 tensor\)"
     ):
         torch_file.read(path)
+    assert torch_file.parts(path) == ["state_dict", "ema.shadow.x", "optimizer.state.0"]
     assert list(torch_file.read(path, key="state_dict")) == ["w", "b"]
     assert torch_file.read(path, key="ema.shadow.x")["w"].size == 3  # a name with a dot of its own
     with pytest.raises(ValueError, match="no part 'model'; it has 'state_dict'"):

@@ -1,0 +1,224 @@
+"""Weights in and out of PyTorch: teachers by name, and the students of runs.
+
+    python -m jaxalign.convert --list                                     which files there are, and where
+    python -m jaxalign.convert dinov2_b --weights FILE --out FOLDER       upstream's file -> sharded arrays (Orbax)
+    python -m jaxalign.convert dinov2_b --weights FOLDER --out DIR --to torch     -> DIR/dinov2_b.safetensors
+    python -m jaxalign.convert --workdir runs/... --out DIR --to torch    a run's student -> DIR/vdit.safetensors
+
+FILE is a .pth, .pt, .bin, .safetensors or .safetensors.index.json of upstream. What goes in as FILE comes out with
+`--to torch` bit for bit, under upstream's names. The converted folder is given where a file is: `teachers.load(name,
+FOLDER)`, `--config.teacher.weights=FOLDER`. Torch is needed for nothing of this. The model is in memory once, and
+beyond it about one layer; outputs get their names when they are whole.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from jaxalign import teachers
+from jaxalign.interop import converted, manifests, mapping, safetensors_file
+from jaxalign.interop.dtypes import is_floating
+from jaxalign.models import MODELS
+from jaxalign.training import config as config_lib
+from jaxalign.training import restore, setup, trained
+
+DTYPES = {"keep": "keep", "fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+def to_orbax(name: str, weights: str | Path | None, out: str | Path, *, dtype: str = "keep") -> Path:
+    """Upstream's file of teacher `name` as a folder of sharded arrays; returns it.
+
+    `dtype`: 'fp32', 'bf16' or 'keep', what the file has. Raises ValueError and OSError, one line, as `teachers.load`
+    and `converted.write`.
+    """
+    folder = converted.check_free(out)
+    module, layout, settings = _teacher(name, weights, dtype)
+    source = Path(weights).name if weights else teachers.files(name)[0].name
+    print(f"writing {folder}", flush=True)
+    return converted.write(folder, module, name=name, source=source, layout=layout, settings=settings)
+
+
+def to_torch(name: str, weights: str | Path | None, out: str | Path, *, dtype: str = "keep") -> Path:
+    """A converted folder, or a file, of teacher `name` as OUT/NAME.safetensors in upstream's names; returns the file.
+
+    Raises as `to_orbax`; FileExistsError for a file that is there.
+    """
+    target = _free_file(Path(out) / f"{name}.safetensors")
+    if weights is not None and converted.is_converted(weights):
+        note = converted.note(weights)
+        module = converted.read_lazily(weights, teachers.abstract(name, **note["settings"]), name=name)
+        layout = note["layout"]
+    else:
+        module, layout, _ = _teacher(name, weights, dtype)
+    return _write_torch(target, module, teachers.TEACHERS[name].layouts[layout], {"network": name}, dtype)
+
+
+def student_to_torch(path: str | Path, out: str | Path, *, weights: str = "ema", dtype: str = "keep") -> Path:
+    """The student of a run as OUT/MODEL.safetensors in its upstream's names (vdit: Latte's); returns the file.
+
+    `path` is a workdir (its newest whole checkpoint) or the folder of one checkpoint; `weights` is 'ema', the averaged
+    student, or 'raw', the last one. Heads of an alignment are no part of the student. Raises FileNotFoundError without
+    a whole checkpoint.
+    """
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"--weights {weights}: for a run write ema (the averaged student) or raw (the last one)")
+    workdir = next((p for p in (Path(path), *Path(path).absolute().parents[:2]) if (p / "config.json").is_file()), path)
+    config = trained.read_config(workdir)
+    target = _free_file(Path(out) / f"{config.model.name}.safetensors")
+    folder = restore.find_checkpoint(path)
+    source = "ema" if weights == "ema" else "trainable.model"
+    config.align.update(method="none", weight=0.0)  # no teacher is needed to write the student
+    run = setup.build(config_lib.resolve(config), num_classes=_num_classes(folder, source))
+    abstract = jax.eval_shape(run.init, jax.random.key(0))["model"]
+    module, _ = restore.load_params(folder, abstract, source=source)
+    rules = MODELS[config.model.name].weight_rules(run.model_config)
+    step = restore.read_metadata(folder)["step"]
+    notes = {"network": config.model.name, "weights": weights, "step": str(step)}
+    return _write_torch(target, module, rules, notes, dtype)
+
+
+def _num_classes(folder: Path, source: str) -> int:
+    """How many classes a saved student has: the rows of its label table but the last, the null label."""
+    shapes = {name: shape for name, (_, shape) in restore.read_metadata(folder)["leaves"].items()}
+    rows = shapes.get(f"{source}.y_embedder.embedding_table.embedding", [1])[0]
+    return rows - 1
+
+
+def _teacher(name: str, weights: str | Path | None, dtype: str) -> tuple[Any, str, dict[str, Any]]:
+    """(module, layout, settings) of a file or a converted folder, read with a progress bar."""
+    if weights is not None and converted.is_converted(weights):
+        note = converted.note(weights)
+        return teachers.load(name, weights, dtype=DTYPES[dtype]), note["layout"], note["settings"]
+    teachers.abstract(name)  # an unknown name is the first thing to tell
+    path = teachers.find_file(name, weights)
+    settings = next((dict(file.settings) for file in teachers.files(name) if file.name == path.name), {})
+    module = teachers.abstract(name, **settings)
+    total = sum(leaf.size for leaf in jax.tree.leaves(module))
+    with Progress(f"reading {path}", total) as progress:
+        found = teachers.load_upstream(name, module, path, dtype=DTYPES[dtype], progress=progress)
+    if found.left_out:
+        some = ", ".join(found.left_out[:3]) + (", ..." if len(found.left_out) > 3 else "")
+        print(f"left out, no part of the teacher: {len(found.left_out)} keys ({some})")
+    return found.module, found.layout, settings
+
+
+def _free_file(path: Path) -> Path:
+    if path.exists():
+        raise FileExistsError(f"{path} is there already; give --out another folder, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write_torch(target: Path, module: Any, rules: Sequence, notes: Mapping[str, str], dtype: str) -> Path:
+    floating = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(module) if is_floating(leaf.dtype)}
+    # Tables that the file has and the module computes go out in the weights' own dtype, as they came in.
+    own = floating.pop() if len(floating) == 1 else None
+    cast = own if dtype == "keep" else DTYPES[dtype]
+    shapes = mapping.upstream_shapes(module, rules, dtype=cast)
+    total = sum(int(np.prod(spec.shape)) for spec in shapes.values())
+    with Progress(f"writing {target}", total) as progress:
+        arrays = _counted(mapping.upstream_arrays(module, rules, dtype=cast), progress)
+        safetensors_file.write_stream(target, shapes, arrays, notes=notes)
+    return target
+
+
+def _counted(arrays: Iterable[tuple[str, np.ndarray]], progress: Callable[[int], None]):
+    for name, array in arrays:
+        yield name, array
+        progress(array.size)
+
+
+class Progress:
+    """A bar on a terminal, one line every tenth elsewhere; call it with how many numbers were just done."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done = what, total, 0
+        self._bar = None
+        if sys.stderr.isatty():
+            # Some terminals (in containers) say that they have no columns and no rows, and tqdm believes it.
+            sized = shutil.get_terminal_size((0, 0)).columns > 0
+            width = {"dynamic_ncols": True} if sized else {"ncols": 100, "nrows": 20}
+            form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+            self._bar = tqdm(total=total, desc=what, bar_format=form, file=sys.stderr, **width)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, count: int) -> None:
+        before, self._done = self._done, self._done + count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif (tenths := 10 * self._done // self._total) > 10 * before // self._total:
+            print(f"{self._what}: {10 * tenths}%", flush=True)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def table(files: Sequence[manifests.File]) -> str:
+    """NAME, file, licence, parameters and where, one line a file."""
+    head = ("NAME", "file", "licence", "parameters", "where")
+    rows = [(f.preset, f.name, f.license, f"{f.parameters / 1e6:.1f} M", f.where) for f in files]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(4)]
+    lines = []
+    for *cells, where in (head, *rows):
+        padded = [
+            cell.rjust(w) if column == 3 else cell.ljust(w)
+            for column, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append("  ".join((*padded, where)).rstrip())
+    return "\n".join(lines)
+
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags():
+    flags.DEFINE_bool("list", False, "Print the networks that are known, their files, and where to get them.")
+    flags.DEFINE_string(
+        "weights", None, "Upstream's file, or a converted folder. With --workdir: ema (default) or raw."
+    )
+    flags.DEFINE_string("workdir", None, "A run (or one checkpoint of it) whose student is converted.")
+    flags.DEFINE_string("out", None, "The folder to write.")
+    flags.DEFINE_enum("to", "orbax", ["orbax", "torch"], "orbax: a folder of sharded arrays; torch: safetensors.")
+    flags.DEFINE_enum("dtype", "keep", list(DTYPES), "Of the floating numbers; keep: what the file has.")
+
+
+def main(argv: list[str]) -> None:
+    """The verb's command line."""
+    if FLAGS.list:
+        print(table(manifests.files()))
+        return
+    names = argv[1:]
+    if not FLAGS.out:
+        raise ValueError("write where to with --out FOLDER (or --list to see which networks are known)")
+    if (len(names) != 1) if FLAGS.workdir is None else names:
+        raise ValueError("write one network's NAME (--list shows them), or --workdir RUN and no name")
+    start = time.monotonic()
+    if FLAGS.workdir is not None:
+        if FLAGS.to != "torch":
+            raise ValueError("a run's checkpoint is Orbax already; write --to torch")
+        written = student_to_torch(FLAGS.workdir, FLAGS.out, weights=FLAGS.weights or "ema", dtype=FLAGS.dtype)
+    else:
+        convert = to_torch if FLAGS.to == "torch" else to_orbax
+        written = convert(names[0], FLAGS.weights, FLAGS.out, dtype=FLAGS.dtype)
+    size = sum(path.stat().st_size for path in (written.rglob("*") if written.is_dir() else [written]))
+    print(f"{written}: {size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    _define_flags()
+    config_lib.run_verb(main)
