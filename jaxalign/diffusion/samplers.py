@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxalign.diffusion.ddpm import DDPM, Tables, range_log_variance
+from jaxalign.diffusion.ddpm import DDPM, range_log_variance
 from jaxalign.diffusion.flow import RectifiedFlow
-from jaxalign.diffusion.process import Key, checked_prediction
+from jaxalign.diffusion.process import Key, checked_prediction, per_sample
+from jaxalign.diffusion.v_prediction import VPrediction, trailing_timesteps
 
 SPACINGS = ("ddim", "even")
 
 
 def sample(
-    process: DDPM | RectifiedFlow,
+    process: DDPM | VPrediction | RectifiedFlow,
     predict: Callable,
     noise: Float[Array, "b t h w c"],
     *,
@@ -28,15 +29,16 @@ def sample(
 ) -> Float[Array, "b t h w c"]:
     """Draw latents (fp32) from standard normal noise by `steps` calls of predict(x_t, timesteps[b]).
 
-    sampler: a name in SAMPLERS; None takes the first that fits the process (ddim for DDPM, euler for flow).
-    key: needed where noise is drawn on the way (ddpm, or ddim with eta > 0).
+    sampler: a name in SAMPLERS; None takes the first that fits the process (ddim for DDPM and v, euler for flow).
+    key: needed where noise is drawn on the way (ddpm, dpm, or ddim with eta > 0).
     clip_denoised: clamp every estimate of x0 to [−1, 1]; for pixels, never for VAE latents.
     eta: ddim only; 0 is deterministic, 1 is DDPM's own posterior (DDIM eq. 16).
     spacing: which timesteps a shorter DDPM chain keeps, see `spaced_timesteps`; None is 'ddim' for ddim and
-    'even' for ddpm. Everything but noise and key is static under jit.
+    'even' for ddpm. A v-prediction chain always counts down from the last timestep (trailing).
+    Everything but noise and key is static under jit.
     Raises ValueError for a sampler, option or number of steps that does not fit, naming what does.
     """
-    fitting = [name for name, (kind, _) in SAMPLERS.items() if isinstance(process, kind)]
+    fitting = [name for name, (kinds, _) in SAMPLERS.items() if isinstance(process, kinds)]
     sampler = fitting[0] if sampler is None else sampler
     if sampler not in fitting:
         problem = "does not fit" if sampler in SAMPLERS else "is no sampler for"
@@ -52,9 +54,13 @@ def sample(
         raise ValueError(f"sample: eta={eta}; write a number from 0 (deterministic) to 1 (as noisy as DDPM)")
     if spacing is not None and not isinstance(process, DDPM):
         raise ValueError(f"sample: spacing={spacing!r} belongs to a DDPM process; leave it out for {sampler!r}")
-    if key is None and (sampler == "ddpm" or eta > 0.0):
+    if key is None and (sampler in ("ddpm", "dpm") or eta > 0.0):
         raise ValueError(f"sample: sampler={sampler!r} with eta={eta} draws noise at every step; give a key")
-    options = {"ddim": {"key": key, "spacing": spacing, "eta": eta}, "ddpm": {"key": key, "spacing": spacing}}
+    options = {
+        "ddim": {"key": key, "spacing": spacing, "eta": eta},
+        "ddpm": {"key": key, "spacing": spacing},
+        "dpm": {"key": key},
+    }
     _, run = SAMPLERS[sampler]
     noise = noise.astype(jnp.float32)
     return run(process, predict, noise, steps=steps, clip_denoised=clip_denoised, **options.get(sampler, {}))
@@ -86,8 +92,29 @@ def ddim(process, predict, noise, *, steps, clip_denoised, key, spacing, eta):
         x = row.signal_prev * x0 + jnp.sqrt(jnp.maximum(row.noise_prev - variance, 0.0)) * eps
         return x if eta == 0.0 else x + jnp.sqrt(variance) * step_noise(key, index, x.shape)
 
-    kept = spaced_timesteps(process.num_train_timesteps, steps, spacing or "ddim")
+    if isinstance(process, VPrediction):
+        kept = trailing_timesteps(process.num_train_timesteps, steps)
+    else:
+        kept = spaced_timesteps(process.num_train_timesteps, steps, spacing or "ddim")
     return _descend(step, noise, process.tables(kept))
+
+
+def dpm(process, predict, noise, *, steps, clip_denoised, key):
+    """DPM-Solver++ for the diffusion SDE, second order, multistep (Lu et al. 2022, appendix A, "SDE-DPM-Solver++2M").
+
+    The first step is of first order, for nothing was seen before it, and so is a last one that ends at the data, where
+    the log-SNR is infinite. Source: diffusers scheduling_dpm_cogvideox.py.
+    """
+
+    def step(state, index, row):
+        x, seen_before = state
+        x0, _, _ = _denoised(process, predict, x, row, clip_denoised)
+        target = (1.0 + row.back) * x0 - row.back * seen_before
+        x = row.keep * x + row.move * target + row.renoise * step_noise(key, index, x.shape)
+        return x, x0
+
+    kept = trailing_timesteps(process.num_train_timesteps, steps)
+    return _descend(step, (noise, jnp.zeros_like(noise)), process.tables(kept))[0]
 
 
 def euler(process, predict, noise, *, steps, clip_denoised):
@@ -103,23 +130,36 @@ def euler(process, predict, noise, *, steps, clip_denoised):
     return _descend(step, noise, (np.arange(1, steps + 1) / steps).astype(np.float32))
 
 
-# Name -> the process it fits and the function; the first that fits a process is that process's default.
-SAMPLERS = {"ddim": (DDPM, ddim), "ddpm": (DDPM, ddpm), "euler": (RectifiedFlow, euler)}
+# Name -> the processes it fits and the function; the first that fits a process is that process's default.
+SAMPLERS = {
+    "ddim": ((DDPM, VPrediction), ddim),
+    "ddpm": ((DDPM,), ddpm),
+    "dpm": ((VPrediction,), dpm),
+    "euler": ((RectifiedFlow,), euler),
+}
 
 
-def guided(predict_with_condition: Callable, condition, null_condition, guidance_scale: float | int) -> Callable:
+def guided(
+    predict_with_condition: Callable,
+    condition,
+    null_condition,
+    guidance_scale: float | int | Float[np.ndarray, "timesteps"],
+) -> Callable:
     """Classifier-free guidance: turn predict(x_t, timesteps, condition) into predict(x_t, timesteps).
 
     out = uncond + guidance_scale · (cond − uncond) on the first c channels, from one call at twice the batch;
     further channels (a learned variance) are the conditional ones, as in Latte's forward_with_cfg. Scale 1
     calls the conditional network alone; scale 0 is the unconditional prediction. Conditions are pytrees of
-    arrays with the batch first; guidance_scale is a Python number. Raises ValueError for a condition of None.
+    arrays with the batch first; guidance_scale is a Python number, or a NumPy table with the scale at each timestep
+    (`dynamic_guidance`). Raises ValueError for a condition of None.
     """
-    if guidance_scale == 1:
+    table = guidance_scale if isinstance(guidance_scale, np.ndarray) else None
+    if table is None and guidance_scale == 1:
         return lambda x_t, timesteps: predict_with_condition(x_t, timesteps, condition)
     if condition is None or null_condition is None:
+        name = guidance_scale if table is None else "a table"
         raise ValueError(
-            f"guidance_scale={guidance_scale} needs a condition and a null condition, but one is None; "
+            f"guidance_scale={name} needs a condition and a null condition, but one is None; "
             "an unconditional model takes guidance_scale=1"
         )
 
@@ -134,7 +174,8 @@ def guided(predict_with_condition: Callable, condition, null_condition, guidance
         channels = x_t.shape[-1]
         conditional, unconditional = both[0::2], both[1::2]
         start = unconditional[..., :channels]
-        guided_part = start + guidance_scale * (conditional[..., :channels] - start)
+        scale = guidance_scale if table is None else per_sample(jnp.asarray(table)[timesteps.astype(jnp.int32)])
+        guided_part = start + scale * (conditional[..., :channels] - start)
         return jnp.concatenate([guided_part, conditional[..., channels:]], axis=-1)
 
     return predict
@@ -173,11 +214,17 @@ def step_noise(key: Key, index: Array, shape: tuple[int, ...]) -> Array:
     return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
 
 
-def _denoised(process, predict, x, row: Tables, clip: bool):
+def _denoised(process, predict, x, row, clip: bool):
     """Call the network; return its estimates of x0 and ε, and the channels beyond them."""
     seen = jnp.full(x.shape[:1], row.timesteps, jnp.float32)
     output = checked_prediction(predict(x, seen), x, process.learn_sigma)
     output, rest = output[..., : x.shape[-1]], output[..., x.shape[-1] :]
+    if process.prediction == "v":
+        x0 = row.signal * x - row.noise * output
+        if not clip:
+            return x0, row.noise * x + row.signal * output, rest
+        x0 = jnp.clip(x0, -1.0, 1.0)
+        return x0, (x - row.signal * x0) / row.noise, rest
     x0 = output if process.prediction == "sample" else row.recip * x - row.recipm1 * output
     if clip:
         x0 = jnp.clip(x0, -1.0, 1.0)
@@ -186,9 +233,9 @@ def _denoised(process, predict, x, row: Tables, clip: bool):
     return x0, (row.recip * x - x0) / row.recipm1, rest  # the ε that belongs to this x0
 
 
-def _descend(step: Callable, noise, rows):
-    """Scan `step(x, index, row) -> x` over the rows of a table from the last to the first."""
+def _descend(step: Callable, start, rows):
+    """Scan `step(x, index, row) -> x` over the rows of a table from the last to the first; x may be a pytree."""
     rows = jax.tree.map(lambda table: jnp.asarray(table[::-1]), rows)
     indices = jnp.arange(len(jax.tree.leaves(rows)[0]))
-    latents, _ = jax.lax.scan(lambda x, at: (step(x, *at), None), noise, (indices, rows))
-    return latents
+    end, _ = jax.lax.scan(lambda x, at: (step(x, *at), None), start, (indices, rows))
+    return end

@@ -45,7 +45,7 @@ def timestep_frequencies(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def _recompute(function):
+def recompute(function):
     """Keeps a cheap elementwise function's inputs for the gradient instead of all that it makes on its way.
 
     The linear map at its end is not computed again, for its gradient needs its input only. A step of the demo takes
@@ -63,12 +63,12 @@ def adaln_linear(
     def modulated(x, shift, scale, linear):
         return linear(layer_norm(x) * (1 + per_sample(scale)) + per_sample(shift))
 
-    return _recompute(modulated)(x, shift, scale, linear)
+    return recompute(modulated)(x, shift, scale, linear)
 
 
-def gelu_linear(x: Float[Array, "b t n hidden"], linear: nnx.Module) -> Float[Array, "b t n d"]:
+def gelu_linear(x: Float[Array, "*batch hidden"], linear: nnx.Module) -> Float[Array, "*batch d"]:
     """linear(GELU(x)) with the tanh form of GELU."""
-    return _recompute(lambda x, linear: linear(jax.nn.gelu(x, approximate=True)))(x, linear)
+    return recompute(lambda x, linear: linear(jax.nn.gelu(x, approximate=True)))(x, linear)
 
 
 # ---- modules ------------------------------------------------------------------------------------------------------
@@ -85,6 +85,19 @@ class Linear(nnx.Linear):
         if jax.default_backend() == "cpu" and jax.device_count() == 1:
             return (x.reshape(-1, x.shape[-1]) @ kernel + bias).reshape(*x.shape[:-1], kernel.shape[-1])
         return x @ kernel + bias
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm with scale and bias over the last axis, in fp32; the result has the input's dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        normed = layer_norm(x.astype(jnp.float32), self.eps)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 class TimestepEmbedder(nnx.Module):

@@ -1,7 +1,6 @@
 """V-DiT: Latte (Vchitect/Latte, models/latte.py), a video diffusion transformer of spatial and temporal blocks."""
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxalign.interop.rules import Fixed, Rule, Stack
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import layers, positions
+from jaxalign.models import taps as taps_lib
 
 PRESETS = {
     "S": dict(width=384, depth=12, num_heads=6),
@@ -188,7 +188,7 @@ class VDiT(nnx.Module):
         condition. Source: Latte models/latte.py, Latte.forward.
         """
         config = self.config
-        taps = _checked_taps(taps, config.depth)
+        taps = taps_lib.checked(taps, config.depth)
         _check_inputs(config, latents.shape, condition)
         b, (t, h, w), pairs = latents.shape[0], config.grid, config.depth // 2
 
@@ -213,7 +213,7 @@ class VDiT(nnx.Module):
         cuts = sorted({tap // 2 + 1 for tap in taps} | {pairs})
         is_first = (jnp.arange(pairs) == 0).astype(x.dtype)
         carry, tokens = (x, x), {}
-        for segment, cut in zip(_split((self.blocks, is_first), cuts), cuts, strict=True):
+        for segment, cut in zip(taps_lib.split((self.blocks, is_first), cuts), cuts, strict=True):
             carry, _ = jax.lax.scan(run_pair, carry, segment)
             tokens |= {2 * cut - 2: carry[1], 2 * cut - 1: carry[0]}
 
@@ -227,22 +227,6 @@ def unpatchify(x: Float[Array, "b t i j pixels"], patch_size: int) -> Float[Arra
     b, t, i, j, pixels = x.shape
     p, c = patch_size, pixels // patch_size**2
     return x.reshape(b, t, i, j, p, p, c).transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, i * p, j * p, c)
-
-
-def _split(stacked: Any, cuts: list[int]) -> list[Any]:
-    """The pytree's leading axis cut at the given ends. One split a leaf, so that its gradient is one concatenation."""
-    leaves, structure = jax.tree.flatten(stacked)
-    sizes = [int(size) for size in np.diff([0, *cuts])]
-    pieces = [jax.lax.split(leaf, sizes) for leaf in leaves]
-    return [jax.tree.unflatten(structure, piece) for piece in zip(*pieces, strict=True)]
-
-
-def _checked_taps(taps: Sequence[Any], depth: int) -> tuple[int, ...]:
-    for tap in taps:
-        whole = isinstance(tap, numbers.Integral) and not isinstance(tap, bool)
-        if not whole or not 0 <= tap < depth:
-            raise ValueError(f"taps: {tap!r} is no block of this model; write whole numbers from 0 to {depth - 1}")
-    return tuple(sorted({int(tap) for tap in taps}))
 
 
 def _check_inputs(config: VDiTConfig, shape: tuple[int, ...], condition: Any) -> None:

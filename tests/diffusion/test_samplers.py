@@ -216,10 +216,10 @@ def test_ddim_with_eta_one_is_ddpm_with_the_posterior_variance():
 
 @pytest.mark.parametrize(
     ("name", "eta", "random"),
-    [("ddim", 0, False), ("ddim", 0.5, True), ("ddpm", 0, True), ("euler", 0, False)],
+    [("ddim", 0, False), ("ddim", 0.5, True), ("ddpm", 0, True), ("dpm", 0, True), ("euler", 0, False)],
 )
 def test_keys_decide_what_is_random(name, eta, random):
-    process = SAMPLERS[name][0]()
+    process = SAMPLERS[name][0][0]()
     noise = jnp.asarray(GOLDEN["noise"])
     options = {"sampler": name, "steps": 5, "eta": eta}
     first, again, other = (_draw(process, noise, _key(seed), **options) for seed in (1, 1, 2))
@@ -239,7 +239,7 @@ def test_the_default_key_and_low_precision_noise():
 
 def test_every_process_has_a_sampler_of_its_own():
     noise = jnp.asarray(GOLDEN["noise"])
-    for name, default in (("ddpm", "ddim"), ("flow", "euler")):
+    for name, default in (("ddpm", "ddim"), ("v", "ddim"), ("flow", "euler")):
         process = PROCESSES[name]()
         np.testing.assert_array_equal(_draw(process, noise, steps=4), _draw(process, noise, steps=4, sampler=default))
 
@@ -249,7 +249,8 @@ def test_every_process_has_a_sampler_of_its_own():
     [
         (DDPM(), {"sampler": "euler"}, "'euler' does not fit a DDPM process; write 'ddim' or 'ddpm'"),
         (RectifiedFlow(), {"sampler": "ddim"}, "'ddim' does not fit a RectifiedFlow process; write 'euler'"),
-        (DDPM(), {"sampler": "dpm"}, "'dpm' is no sampler for a DDPM process; write 'ddim' or 'ddpm'"),
+        (DDPM(), {"sampler": "dpm"}, "'dpm' does not fit a DDPM process; write 'ddim' or 'ddpm'"),
+        (DDPM(), {"sampler": "heun"}, "'heun' is no sampler for a DDPM process; write 'ddim' or 'ddpm'"),
         (DDPM(), {"steps": 0}, "steps=0"),
         (DDPM(), {"sampler": "ddpm"}, "give a key"),
         (DDPM(), {"eta": 0.5}, "give a key"),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxalign.models.attention import IMPLEMENTATIONS, attention, choose
 
@@ -88,12 +89,45 @@ def test_heads_one_by_one_hold_one_heads_scores():
         ("gpu", "9.0", jnp.float32, 256, 64, "xla"),
         ("gpu", "9.0", jnp.bfloat16, 256, 36, "xla"),
         ("gpu", "9.0", jnp.bfloat16, 16, 64, "xla"),
-        ("tpu", "", jnp.bfloat16, 4096, 64, "xla"),
+        ("gpu", "9.0", jnp.float32, 17776, 64, "head"),
+        ("tpu", "", jnp.bfloat16, 256, 64, "xla"),
+        ("tpu", "", jnp.bfloat16, 4096, 64, "pallas"),
     ],
 )
 def test_choice(platform, capability, dtype, tokens, head_dim, expected):
     assert choose(platform, capability, jnp.dtype(dtype), tokens, head_dim) == expected
     assert expected in IMPLEMENTATIONS
+
+
+def test_pallas_kernels_are_left_alone_where_xla_would_have_to_partition_them():
+    assert choose("tpu", "", jnp.dtype(jnp.bfloat16), 4096, 64, num_devices=4) == "xla"
+    assert choose("tpu", "", jnp.dtype(jnp.bfloat16), 17776, 64, num_devices=4) == "head"
+
+
+def test_pallas_on_lengths_that_fill_no_block():
+    """In the interpreter, against `plain`; and the kernels of a real clip's gradient are lowered for a TPU."""
+    q, k, v, probe = (x[:1, :, :1] / 8 for x in draw(70, 40))
+
+    def run(name):
+        out, backward = jax.vjp(functools.partial(attention, implementation=name), q, k, v)
+        return (out, *backward(probe))
+
+    with pltpu.force_tpu_interpret_mode():
+        found = jax.jit(lambda: run("pallas"))()
+    for a, b in zip(found, run("plain"), strict=True):
+        assert jnp.abs(b).max() > 1e-2
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
+
+    shapes = [jax.ShapeDtypeStruct((1, 17776, 30, 64), jnp.bfloat16)] * 3
+    gradient = jax.jit(jax.grad(lambda *qkv: attention(*qkv, implementation="pallas").sum(), argnums=(0, 1, 2)))
+    assert jax.export.export(gradient, platforms=["tpu"])(*shapes).mlir_module().count("tpu_custom_call") == 3
+
+
+def test_a_real_clip_fits_head_by_head():
+    """CogVideoX-2B's 17,776 tokens and 30 heads: the gradient as compiled here, without running it."""
+    shapes = [jax.ShapeDtypeStruct((1, 17776, 30, 64), jnp.bfloat16)] * 3
+    gradient = jax.grad(lambda *qkv: attention(*qkv, implementation="head").sum(), argnums=(0, 1, 2))
+    assert jax.jit(gradient).lower(*shapes).compile().memory_analysis().temp_size_in_bytes < 7e9
 
 
 def test_unknown_name_is_refused():
