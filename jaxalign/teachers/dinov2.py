@@ -113,7 +113,7 @@ class DINOv2(nnx.Module):
         self.mask_token = nnx.Param(jnp.zeros((1, width)))
         self.patch_embed = shared.PatchEmbed(config.patch_size, 3, width, rngs=rngs)
         self.blocks = vit.stacked(config.trunk, blocks)
-        self.norm = vit.LayerNorm(width)
+        self.norm = shared.LayerNorm(width)
 
     @property
     def width(self) -> int:

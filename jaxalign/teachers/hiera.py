@@ -207,9 +207,9 @@ class Block(nnx.Module):
 
     def __init__(self, run: Run, implementation: str, *, rngs: nnx.Rngs):
         mlp = vit.ViTConfig(width=run.outputs, depth=run.count, num_heads=run.num_heads, hidden=4 * run.outputs)
-        self.norm1 = vit.LayerNorm(run.inputs)
+        self.norm1 = layers.LayerNorm(run.inputs)
         self.attn = Attention(run, implementation, rngs=rngs)
-        self.norm2 = vit.LayerNorm(run.outputs)
+        self.norm2 = layers.LayerNorm(run.outputs)
         self.mlp = vit.Mlp(mlp, rngs=rngs)
         if run.pools:
             self.proj = layers.Linear(run.inputs, run.outputs, kernel_init=vit.trunc_normal, rngs=rngs)

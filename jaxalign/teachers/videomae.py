@@ -27,6 +27,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign.interop.rules import Ignored, Rename, Rule, Split, Stack
+from jaxalign.models import layers as shared
 from jaxalign.models import positions
 from jaxalign.teachers import frames as frames_lib
 from jaxalign.teachers import vit
@@ -204,7 +205,7 @@ class VideoMAE(nnx.Module):
         self.config = config
         self.patch_embed = vit.TubeletEmbed(TUBELET, config.patch_size, config.width, rngs=rngs)
         self.blocks = vit.stacked(config.trunk, rngs.params())
-        self.fc_norm = vit.LayerNorm(config.width, config.trunk.eps)
+        self.fc_norm = shared.LayerNorm(config.width, config.trunk.eps)
         if config.num_classes:
             self.head = nnx.Linear(config.width, config.num_classes, kernel_init=vit.trunc_normal, rngs=rngs)
 

@@ -53,19 +53,6 @@ class ViTConfig:
 # ---- modules ------------------------------------------------------------------------------------------------------
 
 
-class LayerNorm(nnx.Module):
-    """LayerNorm with scale and bias over the last axis, in fp32; the result has the input's dtype."""
-
-    def __init__(self, width: int, eps: float = 1e-6):
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
-
-    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        normed = shared.layer_norm(x.astype(jnp.float32), self.eps)
-        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
-
-
 class LayerScale(nnx.Module):
     """One factor a channel; `gamma` as in facebookresearch/dinov2 layers/layer_scale.py."""
 
@@ -133,9 +120,9 @@ class Block(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.norm1 = LayerNorm(config.width, config.eps)
+        self.norm1 = shared.LayerNorm(config.width, config.eps)
         self.attn = Attention(config, rngs=rngs)
-        self.norm2 = LayerNorm(config.width, config.eps)
+        self.norm2 = shared.LayerNorm(config.width, config.eps)
         self.mlp = (SwiGLU if config.mlp == "swiglu" else Mlp)(config, rngs=rngs)
         if config.layer_scale:
             self.ls1 = LayerScale(config.width)

@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxalign.interop.rules import Ignored, Rename, Rule, Split, Stack
+from jaxalign.models import layers as shared
 from jaxalign.teachers import vit
 from jaxalign.teachers.videomae import TUBELET, checked_size, kept_frames, prepared
 
@@ -131,7 +132,7 @@ class VJEPA2(nnx.Module):
         self.config = config
         self.patch_embed = vit.TubeletEmbed(TUBELET, config.patch_size, config.width, rngs=rngs)
         self.blocks = vit.stacked(config.trunk, rngs.params())
-        self.norm = vit.LayerNorm(config.width, config.trunk.eps)
+        self.norm = shared.LayerNorm(config.width, config.trunk.eps)
 
     @property
     def width(self) -> int:
