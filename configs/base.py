@@ -63,8 +63,9 @@ def _defaults() -> dict:
             num_classes=0,  # 0: unconditional; -1: as many as the source has
             class_dropout=0.1,
         ),
-        objective="flow",  # flow | ddpm
+        objective="flow",  # flow | ddpm | v
         learn_sigma=True,  # ddpm only: the learned-range variance of Latte; a flow has no variance to learn
+        snr_shift=1.0,  # v only: CogVideoX-2B has 3, 5B 1; zero terminal SNR always
         codec=dict(name="pixels", weights=""),
         teacher=dict(
             name="efficientnet_lite0",
@@ -139,7 +140,7 @@ def _defaults() -> dict:
         on_nonfinite="stop",  # stop | skip
         sample=dict(sampler="", steps=25, guidance_scale=1.0, count=4, seed=0, fps=8),
         mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
-        checkpoint=dict(every=100, keep=3),
+        checkpoint=dict(every=100, keep=3, keep_every=0),  # steps divisible by keep_every stay for ever
         log_every=10,
         sample_every=250,
         eval_every=100,

@@ -4,10 +4,10 @@ The product of all pairs of positions is averaged over 2x2 cells of the second f
 levels is read bilinearly in a window of (2r + 1)² around the target, zeros outside (RAFT section 3.2; SEA-RAFT has the
 same). Averaging is linear, so it is done on the second frame's features instead of the products.
 
-The products are kept, for one pair of frames or a few at a time. Reading features instead and multiplying in every
-lookup needs less memory and was not worth its time on a CPU (2 cores, radius 4, volume made once + one lookup): at
-32x48 positions 18 + 3 ms and 17 MiB against 0 + 27 ms and 8 MiB, at 60x90 604 + 18 ms and 170 MiB against 0 + 688 ms
-and 39 MiB, where RAFT looks up 12 times.
+The products are kept, for one pair of frames or a few at a time. Gathering the second frame's features in every window
+and multiplying there needs no volume, but takes longer: on 2 busy CPU cores (radius 4; volume once + one lookup) it was
+18 + 3 ms and 17 MiB against 0 + 27 ms and 8 MiB at 32x48 positions, and 604 + 18 ms and 170 MiB against 0 + 152 ms and
+7 MiB at 60x90: 6 and 2 times as long for RAFT's 12 lookups.
 """
 
 from collections.abc import Sequence

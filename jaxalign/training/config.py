@@ -21,7 +21,7 @@ NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every"
 METHODS = ("none", *methods.METHODS)
 _CHOICES = {
     "precision": ("fp32", "bf16"),
-    "objective": ("flow", "ddpm"),
+    "objective": ("flow", "ddpm", "v"),
     "align.method": METHODS,
     "align.schedule": ("constant", "linear", "cosine", "cutoff", "similarity"),
     "align.grid": ("teacher", "student"),

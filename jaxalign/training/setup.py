@@ -92,5 +92,5 @@ def _student(config):
 
 
 def _process(config):
-    options = {"learn_sigma": config.learn_sigma} if config.objective == "ddpm" else {}
-    return PROCESSES[config.objective](**options)
+    options = {"ddpm": {"learn_sigma": config.learn_sigma}, "v": {"snr_shift": config.snr_shift}}
+    return PROCESSES[config.objective](**options.get(config.objective, {}))

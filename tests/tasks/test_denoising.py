@@ -96,7 +96,7 @@ def test_labels_are_dropped_in_the_task_and_only_with_a_key(batch):
     np.testing.assert_array_equal(run.task._condition({"label": labels}, None), labels)
 
 
-@pytest.mark.parametrize("objective", ["flow", "ddpm"])
+@pytest.mark.parametrize("objective", ["flow", "ddpm", "v"])
 def test_sampling_is_a_function_of_its_noise(objective, batch):
     run = small_run(num_classes=3, objective=objective)
     model = random_like(run.init(jax.random.key(0)))["model"]

@@ -16,7 +16,7 @@ import flow_streams as streams
 import numpy as np
 
 # name -> upstream's config, iterations, frames [b, h, w]; the first case's frames are padded at all four sides
-CASES = {"s": ("S", 2, (2, 131, 150)), "m": ("M", 1, (1, 128, 128))}
+CASES = {"s": ("S", 2, (1, 131, 150)), "m": ("M", 1, (1, 128, 128))}
 ROWS, COLUMNS = slice(2, None, 9), slice(1, None, 8)  # of the pixels that are stored
 
 

@@ -31,29 +31,50 @@ def load(preset, **settings):
     return mapping.load_state_dict(module, state, RULES), state
 
 
-@pytest.mark.parametrize("name", golden.CASES)
-def test_updates_and_gradients_equal_upstreams(name):
-    """Flow and mixture of the first guess and of every iteration; S with frames that are padded."""
-    _, iterations, shape = golden.CASES[name]
-    wanted = np.load(FOLDER / "sea_raft.npz")
-    module, _ = load(f"sea_raft_{name}", iterations=iterations, remat=name == "s")
-    first, second = (streams.frames(f"{name} {which}", (*shape, 3)) for which in ("first", "second"))
-    truth, probe = 5 * streams.draw(f"{name} truth", (*shape, 2)), streams.draw(f"{name} probe", (*shape, 6))
+@pytest.fixture(scope="module")
+def wanted():
+    return np.load(FOLDER / "sea_raft.npz")
 
-    def loss(first, second, module):
+
+def inputs(name):
+    shape = golden.CASES[name][2]
+    frames = [jnp.asarray(streams.frames(f"{name} {which}", (*shape, 3))) for which in ("first", "second")]
+    return *frames, jnp.asarray(5 * streams.draw(f"{name} truth", (*shape, 2)))
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_every_update_equals_upstreams(name, wanted):
+    """Flow, mixture and likelihood of the first guess and of every iteration; S with frames that are padded."""
+    _, iterations, shape = golden.CASES[name]
+    module, _ = load(f"sea_raft_{name}", iterations=iterations)
+
+    def run(module, first, second, truth):
         flow, info = module.updates(first, second)
         likelihood = sea_raft.negative_log_likelihood(flow, info, jnp.broadcast_to(truth, flow.shape))
-        last = jnp.concatenate([flow[-1], info[-1]], axis=-1)
-        return (last * probe).sum(), {"flow": flow, "info": info, "nf": likelihood}
+        return {"flow": flow, "info": info, "nf": likelihood}
 
-    gradients, found = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(first, second, module)
-    for key, values in found.items():
+    for key, values in jax.jit(run)(module, *inputs(name)).items():
         assert values.shape == (iterations + 1, *shape, values.shape[-1])
         for ours, theirs in zip(values, wanted[f"{name} {key}"], strict=True):
             streams.assert_close(ours[..., golden.ROWS, golden.COLUMNS, :], theirs)
-    for which, gradient in zip(("first", "second"), gradients, strict=True):
-        part = np.asarray(gradient)[..., golden.ROWS, golden.COLUMNS, :]
-        streams.assert_mostly_close(part, wanted[f"{name} grad_{which}"])
+
+
+def test_gradients_equal_upstreams(wanted):
+    """With respect to the frames: SMRABooth trains through this network."""
+    _, iterations, shape = golden.CASES["s"]
+    module, _ = load("sea_raft_s", iterations=iterations)
+    first, second, _ = inputs("s")
+    probe = streams.draw("s probe", (*shape, 6))
+
+    def loss(video, module):
+        flow, info = module.flow_and_info(video)
+        return (jnp.concatenate([flow, info], axis=-1)[:, 0] * probe).sum()
+
+    video = jnp.stack([first, second], axis=1)
+    found = jax.jit(jax.grad(loss), compiler_options=streams.COMPILER_OPTIONS)(video, module)
+    for i, which in enumerate(("first", "second")):
+        part = found[:, i, golden.ROWS, golden.COLUMNS]
+        streams.assert_mostly_close(part, wanted[f"s grad_{which}"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -85,31 +106,26 @@ def test_torch_flax_torch_is_bit_exact():
 # ---- as a teacher --------------------------------------------------------------------------------------------------
 
 
-def test_videos_pairs_and_sizes():
-    """Pairs are independent of the others and of how many run at once; frames of another size are brought to `size`."""
-    video = streams.frames("video", (1, 3, 144, 288, 3))
-    module, _ = load("sea_raft_s", iterations=1, size=(128, 144), pairs_at_once=1)
+def test_frames_are_brought_to_size_and_flow_back():
+    video = jnp.asarray(streams.frames("video", (1, 2, 144, 288, 3)))
+    module, _ = load("sea_raft_s", iterations=1, size=(128, 144))
     plain, _ = load("sea_raft_s", iterations=1)
-    small = flow_layers.resize(jnp.asarray(video), (128, 144), method="linear")
-
-    def run(module, plain, video, small):
-        return module.flow_and_info(video), plain.flow_and_info(small), plain.flow(small[:, 1], small[:, 2])
-
-    (flow, info), (wanted_flow, wanted_info), second = jax.jit(run)(module, plain, video, small)
-    assert flow.shape == (1, *module.grid((3, 144, 288)), module.width) == (1, 2, 144, 288, 2)
-    streams.assert_close(second, wanted_flow[:, 1])
+    small = flow_layers.resize(video, (128, 144), method="linear")
+    both = jax.jit(lambda module, plain, video, small: (module.flow_and_info(video), plain.flow_and_info(small)))
+    (flow, info), (wanted_flow, wanted_info) = both(module, plain, video, small)
+    assert flow.shape == (1, *module.grid((2, 144, 288)), module.width) == (1, 1, 144, 288, 2)
     streams.assert_close(flow, flow_layers.resize_flow(wanted_flow, (144, 288)))
     streams.assert_close(info, flow_layers.area_pool(wanted_info, (144, 288)))
-    assert sea_raft.uncertainty(info).shape == (1, 2, 144, 288)
+    assert sea_raft.uncertainty(info).shape == (1, 1, 144, 288)
 
 
 def test_uncertainty_is_the_expected_log_scale():
     info = jnp.array([[0.0, 0.0, 4.0, -3.0], [2.0, 0.0, -1.0, 5.0], [0.0, jnp.log(3.0), 25.0, 0.0]])
     # half of scale e^4 and half of scale 1; the first clipped to 0; a quarter of the largest scale, e^10
-    np.testing.assert_allclose(sea_raft.uncertainty(info), [2.0, 0.0, 2.5], rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(sea_raft.uncertainty)(info), [2.0, 0.0, 2.5], rtol=1e-6)
     # A mixture of equal Laplace distributions is one: −log(exp(−|d|)/2).
     flow, truth = jnp.array([1.0, -2.0]), jnp.array([4.0, -2.0])
-    found = sea_raft.negative_log_likelihood(flow, info[1], truth)
+    found = jax.jit(sea_raft.negative_log_likelihood)(flow, info[1], truth)
     np.testing.assert_allclose(found, np.log(2.0) + np.array([3.0, 0.0]), rtol=1e-6)
 
 
