@@ -19,8 +19,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxalign.interop.rules import Rule, Stack
+from jaxalign.models import frames
 from jaxalign.models import layers as shared
-from jaxalign.teachers import frames, vit
+from jaxalign.teachers import vit
 from jaxalign.teachers.resize import resize
 
 RULES: tuple[Rule, ...] = (Stack(r"blocks"),)

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign.interop.rules import BATCH_NORM_COUNTS
-from jaxalign.teachers.frames import over_frames
+from jaxalign.models.frames import over_frames
 
 
 class Block(NamedTuple):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxalign.teachers.frames import default_at_once, over_frames
+from jaxalign.models.frames import default_at_once, over_frames
 from jaxalign.teachers.resize import resize
 
 STRIDE = 8  # of the features on which flow is computed

@@ -23,8 +23,8 @@ from jaxtyping import Array, Float
 
 from jaxalign.interop.rules import Ignored, Rename, Stack, Transpose
 from jaxalign.models import attention as attention_lib
-from jaxalign.models import layers
-from jaxalign.teachers import frames, vit
+from jaxalign.models import frames, layers
+from jaxalign.teachers import vit
 from jaxalign.teachers.resize import resize
 
 PRESETS: dict[str, dict[str, Any]] = {

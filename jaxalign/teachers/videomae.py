@@ -27,9 +27,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxalign.interop.rules import Ignored, Rename, Rule, Split, Stack
+from jaxalign.models import frames as frames_lib
 from jaxalign.models import layers as shared
 from jaxalign.models import positions
-from jaxalign.teachers import frames as frames_lib
 from jaxalign.teachers import vit
 from jaxalign.teachers.resize import resize
 

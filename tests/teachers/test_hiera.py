@@ -12,8 +12,8 @@ from transformers import Sam2HieraDetConfig, Sam2VisionConfig, Sam2VisionModel
 
 from jaxalign.interop import mapping
 from jaxalign.interop.weights import open_weights
+from jaxalign.models.frames import normalised
 from jaxalign.teachers import hiera
-from jaxalign.teachers.frames import normalised
 from jaxalign.teachers.hiera import PRESETS, RULES, Hiera, HieraConfig
 
 TINY = dict(

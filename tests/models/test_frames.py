@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.teachers import frames
+from jaxalign.models import frames
 
 
 def test_normalised_is_torchvisions():

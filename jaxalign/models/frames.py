@@ -1,4 +1,4 @@
-"""What teachers do with frames around the network: normalise pixels, bound the memory."""
+"""What frozen networks do with frames around the network: normalise pixels, bound the memory."""
 
 from collections.abc import Callable
 from typing import Any
