@@ -8,15 +8,15 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 # What `--config configs/METHOD.py:SCALE` means. demo: minutes on two CPU cores, everything it needs comes as two
-# data wheels. vdit_l, vdit_xl: the sizes of Align4Gen's table (methods §5) in pixel space, 128² in patches of 8, which
-# gives the paper's 16 x 16 tokens a frame; they want a folder of videos and a GPU or TPU.
-_PIXELS_128 = dict(
+# data wheels. vdit_l, vdit_xl: Align4Gen's table (methods §5), 16 frames of 256² as latents of Stable Diffusion's VAE;
+# they want a folder of videos, that VAE (--config.codec.weights=FOLDER, as diffusers has it) and a GPU or TPU.
+_LATENTS_256 = dict(
     precision="bf16",
     remat=True,
     batch_size=24,
     ema_decay=0.9999,
-    model=dict(patch_size=8),
-    data=dict(source="", num_frames=16, height=128, width=128, stride=3, workers=8),
+    codec=dict(name="sd_kl"),
+    data=dict(source="", num_frames=16, height=256, width=256, stride=3, workers=8),
     optimizer=dict(learning_rate=1e-4, schedule="constant", warmup_steps=0, grad_clip=0.1, grad_clip_from=100_000),
     # The paper's "depth 12", read as the 0-based loop index of a pair's spatial block.
     align=dict(depth=12),
@@ -28,8 +28,8 @@ _PIXELS_128 = dict(
 )
 SCALES = {
     "demo": {},
-    "vdit_l": {**_PIXELS_128, "steps": 1_000_000, "model": dict(preset="L", patch_size=8)},
-    "vdit_xl": {**_PIXELS_128, "steps": 200_000, "batch_size": 16, "model": dict(preset="XL", patch_size=8)},
+    "vdit_l": {**_LATENTS_256, "steps": 1_000_000, "model": dict(preset="L", patch_size=2)},
+    "vdit_xl": {**_LATENTS_256, "steps": 200_000, "batch_size": 16, "model": dict(preset="XL", patch_size=2)},
 }
 
 
@@ -66,7 +66,9 @@ def _defaults() -> dict:
         objective="flow",  # flow | ddpm | v
         learn_sigma=True,  # ddpm only: the learned-range variance of Latte; a flow has no variance to learn
         snr_shift=1.0,  # v only: CogVideoX-2B has 3, 5B 1; zero terminal SNR always
-        codec=dict(name="pixels", weights=""),
+        codec=dict(
+            name="pixels", weights=""
+        ),  # pixels | sd_kl | cogvideox_2b | cogvideox_5b; weights: upstream's folder
         teacher=dict(
             name="efficientnet_lite0",
             weights="",  # upstream's file or a converted folder; empty: the file of the installed demo package

@@ -1,7 +1,7 @@
 """Plain denoising, no alignment: the run that every other is compared with.
 
 python -m jaxalign.main --config configs/baseline.py            # demo: minutes on 2 CPU cores
-python -m jaxalign.main --config configs/baseline.py:vdit_l --config.data.source=FOLDER
+python -m jaxalign.main --config configs/baseline.py:vdit_l --config.data.source=FOLDER --config.codec.weights=FOLDER
 """
 
 from configs import base

@@ -1,7 +1,7 @@
 """REPA: every projected student token is drawn to its teacher token by cosine similarity (methods §1).
 
 python -m jaxalign.main --config configs/repa.py                # demo: minutes on 2 CPU cores
-python -m jaxalign.main --config configs/repa.py:vdit_l --config.data.source=FOLDER
+python -m jaxalign.main --config configs/repa.py:vdit_l --config.data.source=FOLDER --config.codec.weights=FOLDER
 """
 
 from configs import base

@@ -2,7 +2,7 @@
 
 python -m jaxalign.main --config configs/tsa.py                 # demo: minutes on 2 CPU cores
 python -m jaxalign.main --config configs/tsa.py --config.align.method=tsa   # every token a query
-python -m jaxalign.main --config configs/tsa.py:vdit_l --config.data.source=FOLDER
+python -m jaxalign.main --config configs/tsa.py:vdit_l --config.data.source=FOLDER --config.codec.weights=FOLDER
 """
 
 from configs import base

@@ -135,3 +135,31 @@ def test_bfloat16_computes_and_keeps_fp32_masters(batch):
 def test_what_cannot_meet_is_said_at_the_start(changes, said):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         small_run(**changes)
+
+
+def test_latents_of_a_kl_autoencoder(tmp_path, batch):
+    """The way of the real scales, small: the published folder's VAE in front of the student and behind the sampler."""
+    diffusers = pytest.importorskip("diffusers")
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+    )
+    vae.save_pretrained(tmp_path / "vae")
+    changes = dict(codec=dict(name="sd_kl", weights=str(tmp_path)), model=dict(patch_size=1))
+    run = small_run(align=dict(method="m_tsa", weight=0.5), **changes)
+    assert run.latent_shape == (4, 8, 8, 4) and run.student_grid == (4, 8, 8)
+    trainable = random_like(run.init(jax.random.key(0)))
+    losses = [
+        float(jax.jit(run.task.loss)(trainable, run.frozen, batch, jax.random.key(k), 0, {})[0]) for k in (1, 1, 2)
+    ]
+    assert np.isfinite(losses).all() and losses[0] == losses[1] != losses[2]
+    noise = jax.random.normal(jax.random.key(2), (2, *run.latent_shape))
+    videos = jax.jit(run.task.sample, static_argnames="steps")(
+        trainable["model"], run.frozen, noise, None, jax.random.key(0), steps=2
+    )
+    assert videos.shape == (2, 4, 32, 32, 3) and float(jnp.abs(videos).max()) <= 1
+    with pytest.raises(FileNotFoundError, match=r"'sd_kl' needs weights; .* --config.codec.weights=FOLDER"):
+        small_run(codec=dict(name="sd_kl"))
