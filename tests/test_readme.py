@@ -6,11 +6,23 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from configs import base
+from jaxalign.training import setup
+from jaxalign.training.config import resolve
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
+CONFIG, TEN_LINES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_config_of_several_alignments_is_one():
+    run = setup.build(resolve(eval(CONFIG, {"base": base})))
+    assert [a.name for a in run.task.alignments] == ["align4gen", "motion"]
+    assert [a.head.teacher_width for a in run.task.alignments] == [112 + 320, 112]
+
+
 def test_the_ten_lines_run():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     keys = jax.random.split(jax.random.key(0), 4)
     head = jax.tree_util.Partial(lambda w, x: x @ w, jax.random.normal(keys[0], (6, 5)))
     given = dict(
@@ -19,7 +31,7 @@ def test_the_ten_lines_run():
         teacher_tokens=jax.random.normal(keys[2], (2, 3, 4, 4, 5)),
         video=jax.random.uniform(keys[3], (2, 3, 16, 16, 3), minval=-1, maxval=1),
     )
-    exec(code, given)
+    exec(TEN_LINES, given)
     (gradient,) = jax.tree.leaves(given["grads"])
     assert gradient.shape == (6, 5) and float(jnp.abs(gradient).max()) > 0
 

@@ -7,6 +7,7 @@ traced: the compiled program, the draws of every key and the parameters are thos
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ class DenoisingTask:
     class_dropout: float = 0.0
     dtype: Any = jnp.float32  # compute dtype of the student and the heads; their masters are fp32
     alignments: tuple[Alignment, ...] = ()
+    # Where clips [b, t, h, w, c] lie on a mesh: what student and teachers are fed, and the tapped tokens.
+    place: Callable[[Array], Array] = lambda x: x
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -69,7 +72,7 @@ class DenoisingTask:
         objectives with and without it compare); an alignment is reported by its name.
         """
         video, latents = encode(frozen, batch, key=None)
-        taught = aligning.ask_teachers(self.alignments, frozen["teachers"], video)
+        taught = aligning.ask_teachers(self.alignments, frozen["teachers"], self.place(video))
 
         def at(fraction):
             timesteps = self.process.timesteps_at(jnp.full(latents.shape[:1], fraction))
@@ -94,7 +97,7 @@ class DenoisingTask:
         sampler: str = "",
         steps: int = 50,
         guidance_scale: float = 1.0,
-    ) -> Float[Array, "b t i j 3"]:
+    ) -> Float[Array, "b s i j 3"]:
         """Videos in [-1, 1] from standard normal latents; labels where the student is class-conditional.
 
         Raises ValueError for a sampler that does not fit the process, or guidance of an unconditional student.
@@ -155,15 +158,15 @@ class DenoisingTask:
         tokens: dict[int, Array] = {}
 
         def predict(x_t, timesteps):
-            prediction, tapped = model(x_t.astype(self.dtype), timesteps, condition, taps=taps)
-            tokens.update(tapped)
+            prediction, tapped = model(self.place(x_t.astype(self.dtype)), timesteps, condition, taps=taps)
+            tokens.update({depth: self.place(x) for depth, x in tapped.items()})
             return prediction
 
         return predict, tokens
 
     def _aligned(self, trainable, frozen, tapped, video, step, gates):
         """The weighted sum of the alignments' distances, and each distance and weight by name."""
-        taught = aligning.ask_teachers(self.alignments, frozen["teachers"], video)
+        taught = aligning.ask_teachers(self.alignments, frozen["teachers"], self.place(video))
         total, metrics = 0.0, {}
         for a in self.alignments:
             distance = jnp.mean(aligning.distance(a, trainable["heads"], tapped, taught, video, self.dtype))
@@ -175,7 +178,7 @@ class DenoisingTask:
         return total, metrics
 
 
-def encode(frozen: Frozen, batch: dict, key) -> tuple[Float[Array, "b t h w 3"], Float[Array, "b t h w c"]]:
+def encode(frozen: Frozen, batch: dict, key) -> tuple[Float[Array, "b t h w 3"], Float[Array, "b s i j c"]]:
     """The batch's video in [-1, 1], fp32, and its latents; no key: the codec's mean, no draw."""
     video = batch["video"].astype(jnp.float32) / 127.5 - 1.0
     return video, jax.lax.stop_gradient(frozen["codec"].encode(video, key))

@@ -12,7 +12,9 @@ what is good.
 import errno
 import json
 import logging
+import os
 import shutil
+import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -43,7 +45,7 @@ def check_writable(directory: str | Path) -> Path:
     Raises OSError that says which folder and why.
     """
     directory = Path(directory)
-    probe = directory / ".write_test"
+    probe = directory / f".write_test.{socket.gethostname()}.{os.getpid()}"  # other processes try the same
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x" * 4096)
@@ -87,7 +89,7 @@ def _finish_at_exit(checkpoints: "Checkpoints") -> None:
 class Checkpoints:
     """The checkpoints of one run: `save` returns soon, a thread finishes; a context manager.
 
-    `keep`: how many of the newest to keep; `keep_every`: steps divisible by it stay for ever. `say` gets
+    `keep`: how many of the newest to keep; `keep_every`: steps divisible by it stay for ever (0: none). `say` gets
     each line meant for a person, also from the background thread. `failed_saves` counts saves that did not
     get to the disk.
     """

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.diffusion import fixed_times
+from jaxalign.training.mesh import fetch
 from jaxalign.training.setup import Run
 
 
@@ -40,7 +41,7 @@ def held_out_losses(
     for batch in batches:
         noise = fixed_noise(run, clips, len(batch["video"]), seed)
         clips += len(batch["video"])
-        rows.append(jax.device_get(held_out(trainable, run.frozen, on_device(batch), noise, fractions)))
+        rows.append(fetch(held_out(trainable, run.frozen, on_device(batch), noise, fractions)))
     if not rows:
         raise ValueError("there is no held-out clip to evaluate on: give a source with a longer or another video")
     return {name: np.concatenate([row[name] for row in rows], axis=1).mean(axis=1) for name in rows[0]}

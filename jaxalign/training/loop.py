@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,54 +23,72 @@ from jaxalign.figures import curves
 from jaxalign.figures.video import enlarge, grid
 from jaxalign.tasks.aligning import init_gates, update_gates
 from jaxalign.training import config as config_lib
-from jaxalign.training import environment, evaluation, setup, showing, tensorboard
+from jaxalign.training import environment, evaluation, processes, setup, showing, tensorboard
 from jaxalign.training.checkpoint import Checkpoints, check_writable
 from jaxalign.training.data_settings import clip_settings, split_batch
 from jaxalign.training.interrupt import Interrupts
 from jaxalign.training.manifest import write_atomic
-from jaxalign.training.mesh import batch_sharding, coverage, make_mesh, replicated, shardings
+from jaxalign.training.mesh import (
+    batch_sharding,
+    check_batch,
+    coverage,
+    make_mesh,
+    process_share,
+    replicate,
+    shardings,
+    spread_clips,
+    token_axis,
+)
 from jaxalign.training.optimizer import learning_rate, make_optimizer
 from jaxalign.training.report import Report, first_screen
 from jaxalign.training.state import TrainState, create_state
 from jaxalign.training.step import make_gradient_cosine, make_step
 from jaxalign.training.stopwatch import Stopwatch
+from jaxalign.training.watchdog import Profile, Recompilations, Watchdog
 
 HELD_OUT_CLIPS, HELD_OUT_TIMES = 8, 4  # of the loss curve; `evaluate loss` asks more
 DRAWN = re.compile(r"train/align/\w+(?<!_weight)|held_out/(?!denoising_)\w+|gradients/cosine")
 BATCH_PARTS = ("video", "label")  # what travels to the device
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
+def train(
+    config: ml_collections.ConfigDict, workdir: Path, *, hang_after: float | int = 600, profile_steps: int = 0
+) -> int:
     """Train a resolved config in `workdir` until config.steps, from wherever the workdir stands.
 
+    After `hang_after` seconds without a step the stacks are written down (0: never); `profile_steps` are traced.
     Returns the exit status: 0, or 128 + signal when a signal ended the run (everything is saved then). Raises
     ValueError or OSError, one line each, for what a person can mend; FloatingPointError at a non-finite loss.
     """
-    # ---- What is run, and on what.
-    check_writable(workdir)
-    changes = compare_workdir(config, workdir)
-    source, run, mesh, optimizer, abstract, fresh = prepare(config)
+    # ---- What is run, and on what; with several processes: by all of them alike.
+    here = environment.environment()
+    processes.check_agreement(
+        config_lib.flatten({"config": config.to_dict(), "versions": here["versions"]})
+        | {"code": processes.code_digest()}
+    )
+    with processes.all_or_none("workdir"):
+        check_writable(workdir)
+        changes = compare_workdir(config, workdir)
+    processes.check_shared(workdir)
+    with processes.all_or_none("setup"):
+        source, run, mesh, optimizer, abstract, fresh = prepare(config)
+        clip = clip_settings(config)
+        data, held_out = open_data(config, source, mesh)
+    processes.check_agreement(processes.data_facts(data, config.seed))
     schedule = learning_rate(config)
     root_key = jax.random.key(config.seed)
     init_key, step_key = jax.random.fold_in(root_key, 0), jax.random.fold_in(root_key, 1)
-    clip = clip_settings(config)
-    data = pipeline.batches(
-        source,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        hflip=config.data.hflip,
-        workers=config.data.workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **clip,
-    )
-    held_out = split_batch(pipeline.held_out(source, HELD_OUT_CLIPS, **clip), config.batch_size)
 
     # Only now is the workdir this run's: a mistake above leaves nothing behind that the next try would meet.
     if jax.process_index() == 0:
         write_atomic(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
     report = Report(workdir)
-    with report, Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, say=report.say) as checkpoints:
+    kept = {"keep": config.checkpoint.keep, "keep_every": config.checkpoint.get("keep_every", 0)}
+    with (
+        report,
+        Checkpoints(workdir / "checkpoints", say=report.say, **kept) as checkpoints,
+        processes.leaving_at_once(report.say),
+    ):
         # ---- Where it stands.
         found = checkpoints.restore_latest(abstract)
         state = found.state if found else fresh(init_key)
@@ -84,7 +103,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         )
         for line in (*describe_source(source, **clip), *changes):
             report.say(line)
-        here = environment.environment()
         for line in environment.changes(found.extra.get("environment", {}), here) if found else ():
             report.say(f"not as when the checkpoint was written, so bits may differ: {line}")
 
@@ -116,7 +134,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 if figure is not None:
                     path = workdir / "figures" / f"correspondence_{number:06d}.png"
                     with report.writing("figures"):
-                        report.figure(number, "correspondence", figure(state.trainable, number, path))
+                        report.figure(
+                            number, "correspondence", figure(state.trainable, number, path if report.active else None)
+                        )
 
         # ---- One step after the other.
         batches = data.iterate(start)
@@ -125,19 +145,25 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
         shown = ("loss", "denoising", *(f"align/{a.name}" for a in run.task.alignments))
         pending = None  # the step before, whose metrics are read while this one is computed
         watch = Stopwatch(config.batch_size * int(np.prod(run.student_grid)))
+        stop_now = processes.StopVote(mesh)
+        recompilations = Recompilations(step, report.say)
+        profile = Profile(profile_steps, workdir / "tensorboard", start, report.say)
         report.start(start, config.steps)
-        with Interrupts(report.say) as interrupts:
+        with Interrupts(report.say) as interrupts, Watchdog(hang_after, workdir, report.say) as dog:
             for number in range(start + 1, config.steps + 1):
+                profile.before(number, config.steps)
                 with watch.waiting():
                     host = next(batches)
                 unreadable.update(data.names(host["index"][host["substituted"]]))
                 batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), host[k]) for k in BATCH_PARTS}
                 state, metrics = step(state, run.frozen, batch, step_key)
                 pending, ready = (number, metrics, host["index"]), pending
-                last = number == config.steps or bool(interrupts)
+                stopped = stop_now(bool(interrupts))
+                last = number == config.steps or stopped
                 for at, values, index in filter(None, (ready, pending if last else None)):
                     values = {k: float(v) for k, v in jax.device_get(values).items()}
                     watch.count()
+                    dog.alive()
                     if values["nonfinite"]:
                         nonfinite += 1
                         skip_or_stop(config, at, values, data.names(index), checkpoints, report)
@@ -145,13 +171,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                     if at % config.log_every == 0 or at == config.steps:
                         values |= {"learning_rate": float(schedule(at - 1)), **watch.rates()}
                         report.scalars(at, {f"train/{k}": v for k, v in values.items()})
+                recompilations.check(number)
                 if number % min(config.eval_every, config.sample_every) == 0 or number == config.steps:
+                    dog.rest()
                     with watch.paused():
                         look(state, number, batch)
                 if number % config.checkpoint.every == 0 or last:
+                    dog.rest()
                     checkpoints.save(number, state, extra={"config": config.to_dict(), "environment": here})
                 if last:
                     break
+            profile.stop(state.step)
         batches.close()
         checkpoints.wait()
         report.summary(
@@ -171,11 +201,29 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> int:
                 "short_files": list(short_items(source, Clip(**clip))),
             }
         )
-        if interrupts:
+        if stopped:
             saved = "saved" if checkpoints.last_good == number else "NOT saved"
-            report.say(f"stopped by {interrupts.name} at step {number}, {saved}; the same command goes on from here")
-            return interrupts.status
+            by = interrupts.name if interrupts else "a signal to another process"
+            report.say(f"stopped by {by} at step {number}, {saved}; the same command goes on from here")
+            return interrupts.status if interrupts else 128 + signal.SIGTERM
         return finish(report, workdir)
+
+
+def open_data(config: ml_collections.ConfigDict, source: Source, mesh: jax.sharding.Mesh):
+    """(this process's rows of the global batches by step, the held-out clips in batches)."""
+    clip = clip_settings(config)
+    share, shares = process_share(mesh)
+    data = pipeline.batches(
+        source,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        hflip=config.data.hflip,
+        workers=config.data.workers,
+        process_index=share,
+        process_count=shares,
+        **clip,
+    )
+    return data, split_batch(pipeline.held_out(source, HELD_OUT_CLIPS, **clip), config.batch_size)
 
 
 class Prepared(NamedTuple):
@@ -194,8 +242,22 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
     source = open_source(config.data.source)
     run = setup.build(config, num_classes=len(source.classes))
     mesh = make_mesh(**config.mesh)
-    run = dataclasses.replace(run, frozen=jax.device_put(run.frozen, replicated(mesh)))
+    check_batch(mesh, config.batch_size, config.optimizer.grad_accum)
     optimizer = make_optimizer(config)
+    run, abstract, fresh = lay_out(run, optimizer, mesh)
+    return Prepared(source, run, mesh, optimizer, abstract, fresh)
+
+
+def lay_out(run: setup.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
+    """The run on a mesh, the state's shapes with their shardings, and what makes the state in its shards from a key.
+
+    Raises ValueError when the rules leave parameters whole that the mesh could split, or the tokens do not divide.
+    """
+    axis = token_axis(mesh, run.student_grid)
+    if mesh.size > 1:
+        place = functools.partial(spread_clips, mesh=mesh, axis=axis)
+        run = dataclasses.replace(run, task=dataclasses.replace(run.task, place=place))
+    run = dataclasses.replace(run, frozen=replicate(run.frozen, mesh))
 
     def init(key):
         return create_state(run.init(key), optimizer, init_gates(run.task.alignments))
@@ -204,20 +266,33 @@ def prepare(config: ml_collections.ConfigDict) -> Prepared:
     placed = shardings(abstract, run.sharding_rules, mesh)
     coverage(abstract.trainable, placed.trainable, mesh)
     abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
-    return Prepared(source, run, mesh, optimizer, abstract, jax.jit(init, out_shardings=placed))
+    return run, abstract, jax.jit(init, out_shardings=placed)
 
 
 def compiled_step(config: ml_collections.ConfigDict, run: setup.Run, optimizer, abstract: TrainState):
     """The jitted training step; the state keeps its placement and its buffers."""
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = make_step(
-        run.task.loss,
+        in_place(run.task.loss, placed.trainable),
         optimizer,
         ema_decay=config.ema_decay,
         grad_accum=config.optimizer.grad_accum,
         update_gates=functools.partial(update_gates, run.task.alignments),
     )
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+
+
+def in_place(loss: Callable, placed) -> Callable:
+    """`loss(trainable, ...)` whose parameters, and so their gradients, are cut as `placed` says.
+
+    A constraint's cotangent has the same constraint: each device forms its own part of the gradient. And what is cast
+    to the compute dtype is the part, so what fsdp gathers is the cast copy and not the fp32 master.
+    """
+
+    def constrained(trainable, *rest):
+        return loss(jax.lax.with_sharding_constraint(trainable, placed), *rest)
+
+    return constrained
 
 
 def dry_run(config: ml_collections.ConfigDict) -> int:
@@ -244,6 +319,8 @@ def dry_run(config: ml_collections.ConfigDict) -> int:
 
 def finish(report: Report, workdir: Path) -> int:
     """Draw the curves, then name the files that a person will want to open, the pictures first."""
+    if not report.active:
+        return 0
     rows = tensorboard.read_scalars(workdir / "tensorboard")
     keys = ["train/denoising", *sorted(k for k in dict.fromkeys(k for r in rows for k in r) if DRAWN.fullmatch(k))]
     if rows:

@@ -7,7 +7,10 @@ The axes are always these four, in this order, whatever their sizes (design.md, 
     context   the tokens of one clip
     tensor    heads and hidden channels of one layer
 
-Meshes are Auto: XLA propagates the shardings and inserts the collectives; model code stays free of meshes.
+Meshes are Auto: XLA propagates the shardings and inserts the collectives; model code stays free of meshes. What
+steers it stands in four places: the parameters and their gradients (`shardings`), the batch (`batch_sharding`), what
+the student and the teachers are fed and the tokens that are tapped (`spread_clips`), and the relation losses, which
+split their own work (alignment/spread.py).
 """
 
 import math
@@ -16,7 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the rows of a batch are spread over both
@@ -159,6 +164,90 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, grad_accum: int = 1) -> None:
+    """ValueError unless every row of the mesh gets equally many clips of each part of the batch."""
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % (rows * grad_accum):
+        parts = f" in {grad_accum} parts (optimizer.grad_accum)" if grad_accum > 1 else ""
+        raise ValueError(
+            f"config.batch_size = {batch_size}{parts} cannot be spread over mesh.data={mesh.shape['data']} ×"
+            f" mesh.fsdp={mesh.shape['fsdp']}: write a multiple of {rows * grad_accum}, or give some of the"
+            f" {mesh.size} devices to mesh.context or mesh.tensor"
+        )
+
+
+def process_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(i, n): process `process` (default: this one) holds the i-th of n equal parts of every global batch.
+
+    Processes that differ in `context` or `tensor` only hold the same rows. Raises ValueError when the rows of a
+    process are not next to each other in the batch, which no config but one with devices in a strange order gives.
+    """
+    process = jax.process_index() if process is None else process
+    rows = mesh.devices.reshape(math.prod(mesh.shape[axis] for axis in BATCH_AXES), -1)
+    mine = [k for k, devices in enumerate(rows) if any(device.process_index == process for device in devices)]
+    first, count = mine[0], len(mine)
+    if mine != list(range(first, first + count)) or len(rows) % count or first % count:
+        raise ValueError(
+            f"the batch rows of process {process} are {mine} of {len(rows)}, which is no contiguous share: choose"
+            " mesh.data and mesh.fsdp so that their product is a multiple (or a divisor) of the number of processes"
+        )
+    return first // count, len(rows) // count
+
+
+def token_axis(mesh: Mesh, grid: tuple[int, int, int]) -> int:
+    """Which dimension of tokens [b, t, h, w, d] the axis `context` cuts: the first of t, h, w that it divides.
+
+    Raises ValueError when it divides none of them.
+    """
+    context = mesh.shape["context"]
+    for axis, size in enumerate(grid, start=1):
+        if size % context == 0:
+            return axis
+    raise ValueError(
+        f"config.mesh.context = {context} divides none of the student's tokens (t, h, w) = {grid}:"
+        " write a divisor of one of them"
+    )
+
+
+def spread_clips(x: jax.Array, *, mesh: Mesh, axis: int) -> jax.Array:
+    """Video, latents or tokens [b, t, h, w, c] under jit: rows over `data` and `fsdp`, dimension `axis` over `context`.
+
+    A network that gets its input so, and knows no mesh, computes on its own rows and tokens: XLA carries the
+    placement through everything that works on single tokens and gathers the keys and values where attention mixes
+    tokens of several devices. A dimension that is not divided stays whole; another of t, h, w is cut in its place.
+    """
+    entries = [_fitting(BATCH_AXES, x.shape[0], mesh), None, None, None, None]
+    for candidate in (axis, 1, 2, 3):
+        if x.shape[candidate] % mesh.shape["context"] == 0:
+            entries[candidate] = "context"
+            break
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*entries)))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The placement of something that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of a pytree whole on every device; every process gives the same ones (nobody compares them)."""
+    whole = replicated(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, whole)
+
+    def place(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
+
+    return jax.tree.map(place, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The arrays of a pytree as NumPy, whole, on every process; all processes must call it."""
+
+    def whole(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from jaxalign.figures import correspondence, video
 from jaxalign.training.evaluation import fixed_noise, on_device
+from jaxalign.training.mesh import fetch
 from jaxalign.training.setup import Run
 
 FIGURE_FRACTION = 0.25  # the share of noise under which the student is asked; the teacher sees the clean clip
@@ -41,7 +42,7 @@ class Sampler:
 
 def to_uint8(videos) -> np.ndarray:
     """[-1, 1] -> 0..255."""
-    return np.asarray(jnp.round((videos + 1.0) * 127.5).astype(jnp.uint8))
+    return fetch(jnp.round((videos + 1.0) * 127.5).astype(jnp.uint8))
 
 
 def write_samples(folder: Path, name: str, videos: np.ndarray, fps: float | int, *, single: bool = False) -> list[Path]:
@@ -68,7 +69,7 @@ class Correspondence:
         (self.alignment,) = run.task.alignments[:1]
         self.batch = {name: value[:1] for name, value in clip.items()}
         self.tokens = jax.jit(self._tokens)
-        self.initial = np.asarray(self.tokens(initial, run.frozen, on_device(self.batch))[0])
+        self.initial, _ = fetch(self.tokens(initial, run.frozen, on_device(self.batch)))
 
     def _tokens(self, trainable, frozen, batch):
         noise = fixed_noise(self.run, 0, 1)
@@ -76,10 +77,10 @@ class Correspondence:
         student, target = self.run.task.compared_tokens(self.alignment, trainable, frozen, batch, noise, fractions)
         return student[0], target[0]
 
-    def __call__(self, trainable, step: int, path: Path) -> Figure:
-        """The figure of step `step`, written as PNG to `path` too."""
+    def __call__(self, trainable, step: int, path: Path | None) -> Figure:
+        """The figure of step `step`, written as PNG to `path` too (None: not)."""
         a = self.alignment
-        student, target = self.tokens(trainable, self.run.frozen, on_device(self.batch))
+        student, target = fetch(self.tokens(trainable, self.run.frozen, on_device(self.batch)))
         shown = " + ".join(a.teachers) or f"the student's own block {a.teacher_depth}"
         panels = {f"teacher ({shown})": target, "student, step 0": self.initial, f"student, step {step}": student}
         clip = video.enlarge(self.batch["video"][0], 128)
