@@ -163,7 +163,9 @@ def identity(config: ml_collections.ConfigDict | Mapping) -> dict:
     """The flat fields that make a run what it is; JSON types only, so that a stored one compares equal."""
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     flat = flatten(tree)
-    kept = {k: v for k, v in flat.items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY)}
+    # Without an alignment its settings and its teacher's are read by nothing.
+    unread = ("align", "teacher") if flat["align.method"] == "none" else ()
+    kept = {k: v for k, v in flat.items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY + unread)}
     return json.loads(json.dumps(kept))
 
 
