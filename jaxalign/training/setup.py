@@ -86,6 +86,11 @@ def _student(config):
     if config.model.name not in MODELS:
         raise ValueError(f"config.model.name = {config.model.name!r}: write one of {', '.join(MODELS)}")
     entry = MODELS[config.model.name]
+    if not any(field.name == "num_classes" for field in dataclasses.fields(entry.config)):  # it is told by text
+        raise ValueError(
+            f"config.model.name = {config.model.name!r}: the network is there (jaxalign.models), but no data source "
+            "gives the prompts that it is trained with; write vdit"
+        )
     if config.model.preset not in entry.presets:
         raise ValueError(f"config.model.preset = {config.model.preset!r}: write one of {', '.join(entry.presets)}")
     return entry, entry.presets[config.model.preset]
