@@ -171,7 +171,7 @@ def choose_pieces(n: int) -> int:
     """
     fitting = [n // k for k in range(1, n + 1) if n % k == 0 and (n // k) ** 2 <= _here(BLOCK) // 2]
     # Where n has no divisor of a useful size (a prime), small pieces would cost more than a large block.
-    return n // fitting[0] if fitting[0] ** 2 * 16 >= _here(BLOCK) else 1
+    return n // fitting[0] if fitting and fitting[0] ** 2 * 16 >= _here(BLOCK) else 1
 
 
 def choose_group(visited: np.ndarray, n: int, b: int, parts: int) -> int:
