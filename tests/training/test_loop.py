@@ -94,7 +94,16 @@ def test_kill_and_resume_is_bit_exact(undisturbed, tmp_path):
     """kill -9 of a real process as soon as its first checkpoint is sealed, then the same command again."""
     workdir = tmp_path / "killed"
     # The plain defaults and FLAGS are the reference's config, whatever a method's own demo says.
-    command = [sys.executable, "-m", "jaxalign.main", "--config", "configs/baseline.py", "--workdir", str(workdir), *FLAGS]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxalign.main",
+        "--config",
+        "configs/baseline.py",
+        "--workdir",
+        str(workdir),
+        *FLAGS,
+    ]
     root = Path(__file__).parents[2]
     shared = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
     environment = {**os.environ, **shared, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
