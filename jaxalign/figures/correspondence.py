@@ -75,7 +75,7 @@ def moving_queries(
     return picks
 
 
-def shown_frame(video: np.ndarray, index: int, frames: int) -> np.ndarray:
+def _shown_frame(video: np.ndarray, index: int, frames: int) -> np.ndarray:
     """The picture in the middle of token frame `index` out of `frames`."""
     return video[min(int((index + 0.5) * len(video) / frames), len(video) - 1)]
 
@@ -168,7 +168,7 @@ def _draw(video, names, queries, frames, first, maps, scale, temperature, title,
 
     for number, query in enumerate(queries):
         axis = picture(number, 0)
-        axis.imshow(shown_frame(video, query[0], first[0]), extent=extent, interpolation="nearest", aspect="auto")
+        axis.imshow(_shown_frame(video, query[0], first[0]), extent=extent, interpolation="nearest", aspect="auto")
         centre = (query[2] + 0.5, query[1] + 0.5)
         for colour, width in (("black", 3.4), (MARK, 1.8)):
             axis.plot(*centre, marker="s", markersize=9, mfc="none", mec=colour, mew=width)
@@ -180,7 +180,7 @@ def _draw(video, names, queries, frames, first, maps, scale, temperature, title,
         for name in names:
             for place, frame in enumerate(frames):
                 axis = picture(number, column)
-                back = shown_frame(video, frame, first[0]).astype(np.float32).mean(axis=-1) / 255
+                back = _shown_frame(video, frame, first[0]).astype(np.float32).mean(axis=-1) / 255
                 axis.imshow(0.08 + 0.5 * back, cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto")
                 p = maps[name, number, frame]
                 heat = axis.imshow(
