@@ -8,7 +8,7 @@
 FILE is a .pth, .pt, .bin, .safetensors or .safetensors.index.json of upstream. What goes in as FILE comes out with
 `--to torch` bit for bit, under upstream's names (BatchNorm's step counts, which nothing reads, as zeros). The converted
 folder is given where a file is: `teachers.load(name, FOLDER)`, `--config.teacher.weights=FOLDER`. Torch is needed for
-nothing of this. The model is in memory once, and beyond it about one layer; outputs get their names when they are whole.
+nothing of this. The model is in memory once, and beyond it about one layer; outputs get their names when whole.
 """
 
 import shutil

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 Key = PRNGKeyArray  # jax.random.key and the older jax.random.PRNGKey
 
@@ -26,6 +26,12 @@ def fixed_times(count: int) -> Float[Array, "count"]:
     if count < 1:
         raise ValueError(f"fixed_times: count={count} gives no time to evaluate at; write 1 or more")
     return (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
+
+
+def discrete_timesteps(fractions: Float[Array, "b"], count: int) -> Int[Array, "b"]:
+    """Timesteps 0 … count − 1 at fractions of a process in [0, 1] (1 gives the last)."""
+    steps = jnp.floor(fractions.astype(jnp.float32) * count).astype(jnp.int32)
+    return jnp.clip(steps, 0, count - 1)
 
 
 def per_sample(values: Shaped[Array, "b"]) -> Shaped[Array, "b 1 1 1 1"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxalign.diffusion.process import Key, checked_prediction, draw, mean_per_sample, per_sample
+from jaxalign.diffusion.process import Key, checked_prediction, discrete_timesteps, draw, mean_per_sample, per_sample
 
 
 class Tables(NamedTuple):
@@ -99,8 +99,7 @@ class VPrediction:
 
     def timesteps_at(self, fractions: Float[Array, "b"]) -> Int[Array, "b"]:
         """Timesteps 0 … num_train_timesteps − 1 at fractions of the process in [0, 1] (1 gives the last)."""
-        steps = jnp.floor(fractions.astype(jnp.float32) * self.num_train_timesteps).astype(jnp.int32)
-        return jnp.clip(steps, 0, self.num_train_timesteps - 1)
+        return discrete_timesteps(fractions, self.num_train_timesteps)
 
     def noise(
         self, x0: Float[Array, "b t h w c"], eps: Float[Array, "b t h w c"], timesteps: Int[Array, "b"]
