@@ -105,22 +105,23 @@ class Relation(NamedTuple):
     n: int
     visited: tuple[tuple[bool, ...], ...] | None  # pairs of frames that count; None for all
 
-    def block(self, a_s, a_r, weights, *, both: bool):
+    def block(self, a_s, a_r, weights, *, both: bool, share: sweep.Share | None):
         """Value [b] and slope of one block of cosines [b, F, i, G, j]; see `sweep`."""
         function = {"l1": _l1_block, "kl": _kl_block}[self.kind]
-        return function(self.strength, a_s, a_r, weights, both)
+        return function(self.strength, a_s, a_r, weights, both, share)
 
 
-def _l1_block(margin, a_s, a_r, weights, both):
+def _l1_block(margin, a_s, a_r, weights, both, share):
     """Σ w·relu(|A_s − A_r| − margin); the slope is w·sign(A_s − A_r) beyond the margin, 0 within it."""
     difference = a_s - a_r
     excess = jnp.abs(difference) - margin
     weights = 2 * weights if both else weights
+    weights = weights if share is None else weights * share.real
     value = jnp.sum(weights * jnp.maximum(excess, 0), axis=(1, 2, 3, 4))
     return value, jnp.where(excess > 0, weights * jnp.sign(difference), 0)
 
 
-def _kl_block(temperature, a_s, a_r, weights, both):
+def _kl_block(temperature, a_s, a_r, weights, both, share):
     """Σ w·KL(P_r ‖ P_s), P over j in each column frame (and, for `both`, over i in each row frame).
 
     The slope is w·(P_s − P_r)/τ, TSA's eq. (10). A softmax wants its maximum taken off before the
@@ -128,16 +129,21 @@ def _kl_block(temperature, a_s, a_r, weights, both):
     them, and both directions share their exponentials.
     """
     bounded = 2 / temperature < 80
+    mine = weights if share is None else weights * share.real
     value, slope = 0.0, 0.0
     for axis in (4, 2) if both else (4,):
-        top_s, top_r = (1.0 if bounded else a.max(axis, keepdims=True) for a in (a_s, a_r))
+        total, highest = (functools.partial(f, axis=axis, keepdims=True) for f in (jnp.sum, jnp.max))
+        counted = mine
+        if axis == 2 and share is not None:  # a column goes on over all devices, and each counts its part of it
+            total, highest, counted = share.sum, share.max, weights / share.parts
+        top_s, top_r = (1.0 if bounded else highest(a) for a in (a_s, a_r))
         e_s, e_r = jnp.exp((a_s - top_s) / temperature), jnp.exp((a_r - top_r) / temperature)
-        z_s, z_r = e_s.sum(axis, keepdims=True), e_r.sum(axis, keepdims=True)
-        gap = (e_r * (a_r - a_s)).sum(axis, keepdims=True) / z_r  # Σ P_r (A_r − A_s)
+        z_s, z_r = total(e_s), total(e_r)
+        gap = total(e_r * (a_r - a_s)) / z_r  # Σ P_r (A_r − A_s)
         kl = (gap + top_s - top_r) / temperature + jnp.log(z_s / z_r)
-        value += jnp.sum(weights * kl, axis=(1, 2, 3, 4))
+        value += jnp.sum(counted * kl, axis=(1, 2, 3, 4))
         slope += e_s * (1 / z_s) - e_r * (1 / z_r)
-    return value, slope * (weights / temperature)
+    return value, slope * (mine / temperature)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # so that calls outside of jit compile once

@@ -4,8 +4,9 @@ The mesh is that of the tokens, or else the ambient one (`jax.set_mesh`), inside
 one nothing is split. Its axes are Auto; those that are already manual (inside a shard_map) are left alone.
 The axes `data` and `fsdp` split the batch where it divides by them, every other axis splits the work
 (`context`, and `tensor`, which has nothing else to do here); a batch that does not divide leaves all axes to
-the work. Each device gathers a sample's tokens, makes its share of the visits and ends with the sum of its
-own rows of the gradient, so between the devices go the tokens, once, and the gradient, once.
+the work. Each device gathers a sample's tokens, makes its share of the visits (or, where a pair of frames is
+large, its rows of each) and ends with the sum of its own rows of the gradient, so between the devices go the
+tokens, once, and the gradient, once.
 """
 
 import functools
@@ -85,7 +86,9 @@ def _sweep_on_device(relation, axes, gradient, student, teacher, weights, querie
         part = jax.lax.axis_index(axes.work)
         s, r = jax.tree.map(functools.partial(_gather_rows, axes), (s, r))
     if queries is None and n * n <= sweep.LARGEST_BLOCK:
-        value, grad = sweep.pair_sweep(relation, s, r, weights, part=part, parts=axes.parts, gradient=gradient)
+        value, grad = sweep.pair_sweep(
+            relation, s, r, weights, part=part, parts=axes.parts, axes=axes.work, gradient=gradient
+        )
     else:
         value, grad = _sweep_rows(relation, axes.parts, part, gradient, s, r, weights, queries)
     if axes.work:
@@ -110,10 +113,7 @@ def _sweep_rows(relation, parts, part, gradient, s, r, weights, queries):
     real = jnp.arange(mine.shape[1]) * parts + part < queries.shape[1]
     # A query's frame is the same in every sample: all have equally many from each frame, in order.
     weights = jnp.where(real[:, None], weights[mine[0] // relation.n], 0)
-    sample = jnp.arange(b)[:, None]
-    rows = jax.tree.map(lambda x: x[sample, mine], (s, r))
-    value, grad_rows, grad = sweep.row_sweep(relation, rows, s, r, weights, gradient=gradient)
-    return value, grad.at[sample, mine].add(grad_rows) if gradient else None
+    return sweep.row_sweep(relation, mine, s, r, weights, parts=parts, gradient=gradient)
 
 
 # Rows travel with the axis of the devices in front: in a batch of one that is their order in memory, no copy.

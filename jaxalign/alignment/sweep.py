@@ -14,18 +14,18 @@ Both scan over a table of visits and carry the value [b] and fp32 gradient buffe
 is rows f·n … (f+1)·n, and rows beyond t·n are filling that no visit touches.
 
 `relation` has t, n, `visited` (bool [t, t] as tuples: pairs of frames that count; None for all) and the
-function block(a_s, a_r, weights, both) -> value [b], slope. It gets two blocks of cosines [b, F, i, G, j],
+function block(a_s, a_r, weights, both, share) -> value [b], slope. It gets two blocks of cosines [b, F, i, G, j],
 position i of row frame F against position j of column frame G, and weights that broadcast against them; with
-`both` it also counts the transposed block, and the slope is Γ_fg + Γ_gfᵀ.
+`both` it also counts the transposed block, and the slope is Γ_fg + Γ_gfᵀ. `share`: None, or the other rows of
+the frame are on other devices.
 """
 
-import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 # Entries of a block of cosines, where frames and batch are small enough to choose. A CPU is fastest with
 # blocks that stay in its cache (measured: 600 to 700 tokens a side), an accelerator with few large products.
@@ -47,6 +47,25 @@ class Tokens(NamedTuple):
     scale: Float[Array, "b N"]
 
 
+class Share(NamedTuple):
+    """A device's rows i of a frame whose rows are dealt out over the mesh axes `axes`, `parts` devices in all.
+
+    Rows that are not `real` repeat another device's, to make all hands equally long.
+    """
+
+    real: Bool[Array, "i 1 1"]
+    axes: tuple[str, ...]
+    parts: int
+
+    def sum(self, block: Float[Array, "b F i G j"]) -> Float[Array, "b F 1 G j"]:
+        """The sum over all rows of the frame."""
+        return jax.lax.psum(jnp.where(self.real, block, 0).sum(2, keepdims=True), self.axes)
+
+    def max(self, block: Float[Array, "b F i G j"]) -> Float[Array, "b F 1 G j"]:
+        """The maximum over all rows of the frame."""
+        return jax.lax.pmax(block.max(2, keepdims=True), self.axes)
+
+
 def pair_sweep(
     relation,
     student: Tokens,
@@ -55,6 +74,7 @@ def pair_sweep(
     *,
     part: int | Int[Array, ""] = 0,
     parts: int = 1,
+    axes: tuple[str, ...] = (),
     gradient: bool = True,
 ) -> tuple[Float[Array, " b"], Float[Array, "b N d"] | None]:
     """Value [b] and gradient of a loss over all pairs; 1/‖x‖ is taken for a constant in the gradient.
@@ -62,20 +82,29 @@ def pair_sweep(
     The gradient, Σ_j dL/d(x_i·x_j) x_j in fp32, is None unless asked for.
 
     weights: symmetric; entry (f, g) weighs the pair of frames (f, g), and (g, f) once more. part, parts: the
-    visits are dealt out to `parts` devices; this is what `part` finds, the result is the sum over the parts.
+    work is dealt out to `parts` devices; this is what `part` finds, the result is the sum over the parts. Dealt
+    out are the visits or, where one pair of frames is more than a block, the rows of each visit, so that what a
+    visit holds falls with the devices; the devices then sum their columns over the mesh axes `axes`.
     """
     b, n = len(student.x), relation.n
     visited = np.array(relation.visited) if relation.visited else np.ones((relation.t, relation.t), bool)
+    share, first = None, 0
+    if parts > 1 and n * n > _here(BLOCK):
+        count = -(-n // parts)
+        first = jnp.minimum(part * count, n - count)
+        share = Share((first + jnp.arange(count) >= part * count)[:, None, None], axes, parts)
+        part, parts = 0, 1
     group = choose_group(visited, n, b, parts)
     tile = group * n
+    rows = tile if share is None else count
     diagonals, pairs = _tiles(visited, group)
 
     def visit(f, g, weight):
-        s_f, s_g = _rows(student, f * tile, tile), _rows(student, g * tile, tile)
-        r_f, r_g = _rows(teacher, f * tile, tile), _rows(teacher, g * tile, tile)
+        s_f, s_g = _rows(student, f * tile + first, rows), _rows(student, g * tile, tile)
+        r_f, r_g = _rows(teacher, f * tile + first, rows), _rows(teacher, g * tile, tile)
         w = weight * jax.lax.dynamic_slice(weights, (f * group, g * group), (group, group))
-        frames = (b, group, n, group, n)
-        value, slope = _visit(relation, frames, s_f, s_g, r_f, r_g, w[:, None, :, None], both=True)
+        frames = (b, group, rows // group, group, n)
+        value, slope = _visit(relation, frames, s_f, s_g, r_f, r_g, w[:, None, :, None], both=True, share=share)
         return value, slope, s_f.x, s_g.x
 
     def pair(carry, item):
@@ -83,17 +112,17 @@ def pair_sweep(
         value, slope, x_f, x_g = visit(f, g, weight)
         total, grad = carry
         if gradient:
-            grad = _add(grad, f * tile, _product("bij,bjd->bid", slope, x_g))
+            grad = _add(grad, f * tile + first, _product("bij,bjd->bid", slope, x_g))
             grad = _add(grad, g * tile, _product("bij,bid->bjd", slope, x_f))
         return (total + value, grad), None
 
     def diagonal(carry, item):
         # The tile is its own transpose: `both` counts it twice, and Γ + Γᵀ is already the whole slope.
         f, weight = item
-        value, slope, x_f, _ = visit(f, f, weight)
+        value, slope, _, x_f = visit(f, f, weight)
         total, grad = carry
         if gradient:
-            grad = _add(grad, f * tile, _product("bij,bjd->bid", slope, x_f))
+            grad = _add(grad, f * tile + first, _product("bij,bjd->bid", slope, x_f))
         return (total + value / 2, grad), None
 
     carry = _zeros((b,)), _zeros(student.x.shape) if gradient else None
@@ -105,55 +134,59 @@ def pair_sweep(
 
 def row_sweep(
     relation,
-    rows: tuple[Tokens, Tokens],
+    rows: Int[Array, "b R"],
     student: Tokens,
     teacher: Tokens,
     weights: Float[Array, "R t"],
     *,
+    parts: int = 1,
     gradient: bool = True,
-) -> tuple[Float[Array, " b"], Float[Array, "b R d"] | None, Float[Array, "b N d"] | None]:
-    """Value [b] and the gradients, of the rows and of the tokens, of a loss over given rows × all tokens.
+) -> tuple[Float[Array, " b"], Float[Array, "b N d"] | None]:
+    """Value [b] and gradient of a loss over some of the tokens, `rows`, × all tokens; as pair_sweep otherwise.
 
-    rows: tokens of student and teacher, any R of them. weights: one entry a row and frame. The gradients are
-    as those of pair_sweep.
+    weights: one entry a row and frame. parts: on how many devices the rows are dealt out; a block falls with them.
     """
     count, t = weights.shape
     b, n = len(student.x), relation.n
-    chunk = max(64, _here(BLOCK) // (b * n))
+    chunk = max(64, _here(BLOCK) // (b * n * parts))
     chunks = -(-count // chunk)
     chunk = -(-count // chunks)
     fill = chunks * chunk - count  # rows of weight 0, fewer than there are chunks
-    row_s, row_r = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2)), rows)
-    weights = jnp.pad(weights, ((0, fill), (0, 0)))
+    rows = jnp.pad(rows, ((0, 0), (0, fill))).reshape(b, chunks, chunk).swapaxes(0, 1)
+    weights = jnp.pad(weights, ((0, fill), (0, 0))).reshape(chunks, chunk, t)
+    sample = jnp.arange(b)[:, None]
 
-    def visit(carry, item):
-        c, f = item
-        s_c, s_f = _rows(row_s, c * chunk, chunk), _rows(student, f * n, n)
-        r_c, r_f = _rows(row_r, c * chunk, chunk), _rows(teacher, f * n, n)
-        w = jax.lax.dynamic_slice(weights, (c * chunk, f), (chunk, 1))[:, :, None]
-        value, slope = _visit(relation, (b, 1, chunk, 1, n), s_c, s_f, r_c, r_f, w, both=False)
-        total, grad_rows, grad = carry
-        if gradient:
-            grad_rows = _add(grad_rows, c * chunk, _product("bij,bjd->bid", slope, s_f.x))
-            grad = _add(grad, f * n, _product("bij,bid->bjd", slope, s_c.x))
-        return (total + value, grad_rows, grad), None
+    def some(carry, item):
+        mine, weights = item
+        s_c, r_c = jax.tree.map(lambda x: x[sample, mine], (student, teacher))
 
-    carry = _zeros((b,)), None, None
-    if gradient:
-        carry = _zeros((b,)), _zeros(row_s.x.shape), _zeros(student.x.shape)
-    items = np.array(list(itertools.product(range(chunks), range(t))), np.int32)
-    (total, grad_rows, grad), _ = jax.lax.scan(visit, carry, jnp.asarray(items))
-    return total, grad_rows[:, :count] if gradient else None, grad
+        def visit(carry, f):
+            s_f, r_f = _rows(student, f * n, n), _rows(teacher, f * n, n)
+            w = jax.lax.dynamic_slice_in_dim(weights, f, 1, axis=1)[:, :, None]
+            value, slope = _visit(relation, (b, 1, chunk, 1, n), s_c, s_f, r_c, r_f, w, both=False)
+            total, grad_rows, grad = carry
+            if gradient:
+                grad_rows += _product("bij,bjd->bid", slope, s_f.x)
+                grad = _add(grad, f * n, _product("bij,bid->bjd", slope, s_c.x))
+            return (total + value, grad_rows, grad), None
+
+        total, grad = carry
+        grad_rows = _zeros(s_c.x.shape) if gradient else None
+        (total, grad_rows, grad), _ = jax.lax.scan(visit, (total, grad_rows, grad), jnp.arange(t))
+        return (total, grad.at[sample, mine].add(grad_rows) if gradient else None), None
+
+    carry = _zeros((b,)), _zeros(student.x.shape) if gradient else None
+    return jax.lax.scan(some, carry, (rows, weights))[0]
 
 
-def _visit(relation, frames, s_i, s_j, r_i, r_j, weights, *, both):
+def _visit(relation, frames, s_i, s_j, r_i, r_j, weights, *, both, share=None):
     """Value [b] of a block, and its slope with respect to the plain products x_i·x_j of the student [b, i, j]."""
 
     def cosines(i, j):
         products = _product("bid,bjd->bij", i.x, j.x)
         return (products * (i.scale[:, :, None] * j.scale[:, None, :])).reshape(frames)
 
-    value, slope = relation.block(cosines(s_i, s_j), cosines(r_i, r_j), weights, both=both)
+    value, slope = relation.block(cosines(s_i, s_j), cosines(r_i, r_j), weights, both=both, share=share)
     slope = slope.reshape(len(s_i.x), s_i.x.shape[1], s_j.x.shape[1])
     return value, (slope * (s_i.scale[:, :, None] * s_j.scale[:, None, :])).astype(s_i.x.dtype)
 

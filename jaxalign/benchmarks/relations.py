@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from absl import app, flags
 
 from jaxalign.alignment import definitions, relations
-from jaxalign.benchmarks.flops import matmul_flops
+from jaxalign.training.flops import matmul_flops
 
 FLAGS = flags.FLAGS
 TEMPERATURE, MARGIN, MASK_RATIO = 0.1, 0.1, 0.2

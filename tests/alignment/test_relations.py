@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign.alignment import definitions, relations, sweep
 from jaxalign.alignment.tokens import check_queries, frame_weights, normalize
-from jaxalign.benchmarks.flops import matmul_flops
+from jaxalign.training.flops import matmul_flops
 
 
 def draw(b, t, n, d, width=None, seed=0):

@@ -17,7 +17,7 @@ def test_on_eight_devices():
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache} if cache else None
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("flops") == 5
+    assert run.stdout.count("flops") == 8 and run.stdout.count("memory") == 3
 
 
 def test_on_one_device_nothing_is_split():
