@@ -2,20 +2,26 @@
 
     python -m jaxalign.benchmarks.teachers                                  # minutes on 2 cores
     python -m jaxalign.benchmarks.teachers --teachers=dinov2_b --size=420x630 --frames=49 --dtype=bfloat16
+    python -m jaxalign.benchmarks.teachers --teachers=sea_raft_m --sea_raft_source=SEA-RAFT
 
 One row a teacher: frames (for flow networks: pairs of frames) a second of ours and of the PyTorch network, their
 ratio (above 1: ours is faster), and the seconds that ours took to compile. Runs of the two alternate and the best of
 --repeats counts for each, so that another program's load hits both alike. The PyTorch side is transformers' (DINOv2,
 VideoMAE, V-JEPA 2, SAM 2.1) and torchvision's (RAFT) with their own fast attention; on a GPU it runs there too. It
-gets pixels that are already resized and normalised, ours does that inside. SEA-RAFT has no PyTorch package: only ours
-is timed.
+gets pixels that are already resized and normalised, ours does that inside. SEA-RAFT has no PyTorch package: its
+authors' code is timed where --sea_raft_source names a checkout of https://github.com/princeton-vl/SEA-RAFT (it needs
+huggingface_hub, scipy and torchvision); it brings every iteration's flow to full size, ours the last one's.
 """
 
 import functools
 import importlib.metadata
+import json
 import os
+import sys
 import time
+import types
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -99,15 +105,56 @@ def original(name: str, config, frames: int, size: tuple[int, int]) -> Callable 
     if name.startswith("raft"):
         from torchvision.models import optical_flow
 
-        model = getattr(optical_flow, name)()
-        clip = torch.rand(frames, 3, height, width) * 2 - 1
-        return lambda x: model.eval()(x[:-1], x[1:], num_flow_updates=config.iterations), clip
+        network = on_pairs(getattr(optical_flow, name)(), num_flow_updates=config.iterations)
+        return network, torch.rand(frames, 3, height, width) * 2 - 1
+    if name.startswith("sea_raft") and FLAGS.sea_raft_source:
+        network = authors_sea_raft(Path(FLAGS.sea_raft_source), name[-1].upper())
+        return on_pairs(network, test_mode=True), torch.rand(frames, 3, height, width) * 255
     if name.startswith("efficientnet"):
         import timm
 
         model = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(3,)).eval()
         return model, torch.randn(frames, 3, height, width)
     return None
+
+
+def on_pairs(network, **settings):
+    """A PyTorch module that takes a clip [t, c, h, w] and runs `network` on every two consecutive frames of it."""
+    import torch
+
+    class Pairs(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, clip):
+            return self.network(clip[:-1], clip[1:], **settings)
+
+    return Pairs()
+
+
+def authors_sea_raft(checkout: Path, size: str):
+    """SEA-RAFT's own network of `size` (S, M, L) at random weights, from the code and the config of a checkout.
+
+    Raises FileNotFoundError where the folder is no checkout.
+    """
+    import torchvision
+
+    config = checkout / "config" / "eval" / f"sintel-{size}.json"
+    if not config.is_file() or not (checkout / "core" / "raft.py").is_file():
+        raise FileNotFoundError(f"--sea_raft_source={checkout}: no {config.name} and core/raft.py below it")
+    sys.path.insert(0, str(checkout / "core"))  # its modules import each other by their bare names
+    plain = {name: getattr(torchvision.models, name) for name in ("resnet18", "resnet34")}
+    try:
+        for name, build in plain.items():  # it would download ImageNet's weights for its trunks
+            setattr(torchvision.models, name, lambda weights=None, build=build: build())
+        from raft import RAFT
+
+        return RAFT(types.SimpleNamespace(**json.loads(config.read_text(encoding="utf-8"))))
+    finally:
+        for name, build in plain.items():
+            setattr(torchvision.models, name, build)
+        sys.path.remove(str(checkout / "core"))
 
 
 def bench(name: str, frames: int, size: tuple[int, int], dtype: str, repeats: int) -> None:
@@ -187,4 +234,5 @@ if __name__ == "__main__":  # flags live here, so that importing this module def
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and tokens.")
     flags.DEFINE_integer("repeats", 3, "Timed rounds, of which the best counts.")
     flags.DEFINE_bool("torch", True, "Time PyTorch's networks too.")
+    flags.DEFINE_string("sea_raft_source", "", "A checkout of princeton-vl/SEA-RAFT, whose network is then timed too.")
     app.run(main)

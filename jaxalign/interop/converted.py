@@ -1,7 +1,9 @@
 """A network's weights as a folder of sharded arrays: what `jaxalign.convert` writes and `teachers.load` reads.
 
-    FOLDER/state/          Orbax's arrays, one entry a leaf under its dotted name
-    FOLDER/converted.json  whose they are, where they came from, shape and dtype of every leaf
+    FOLDER/state/            Orbax's arrays, one entry a leaf under its dotted name
+    FOLDER/kept.safetensors  upstream's keys that no leaf takes (BatchNorm's counts), as they came; if there are any
+    FOLDER/converted.json    whose they are, where they came from, shape and dtype of every leaf
+    FOLDER/manifest.json     size and digest of every file (sealed.py), which reading compares
 
 The folder gets its name when everything is in it: one that is there is whole.
 """
@@ -19,12 +21,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxalign.interop import mapping
+from jaxalign.interop import mapping, safetensors_file, sealed
 from jaxalign.interop.dtypes import is_floating
 
-NOTE = "converted.json"
+NOTE, KEPT = "converted.json", "kept.safetensors"
 BATCH = 256 << 20  # bytes of leaves that are under way together
-FORMAT = 1  # raised when an older reader could not make sense of a folder any more
+FORMAT = 2  # raised when a reader of another one could not make sense of a folder; 1 had neither digests nor KEPT
 
 
 def is_converted(path: str | Path) -> bool:
@@ -33,24 +35,34 @@ def is_converted(path: str | Path) -> bool:
 
 
 def note(folder: str | Path) -> dict[str, Any]:
-    """{'format', 'name', 'layout', 'settings', 'leaves': {dotted name: [dtype, shape]}, ...}.
+    """{'format', 'name', 'layout', 'settings', 'kept': [name, ...], 'leaves': {dotted name: [dtype, shape]}, ...}.
 
-    Raises ValueError for a note that cannot be read, or another version's.
+    Raises ValueError for a note that cannot be read, was changed, or is another version's.
     """
     try:
         found = json.loads((Path(folder) / NOTE).read_text(encoding="utf-8"))
-        written = {part: found[part] for part in ("format", "name", "layout", "settings", "leaves")}["format"]
+        written = found["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: its {NOTE} cannot be read ({type(error).__name__}); convert again") from error
     if written != FORMAT:
         raise ValueError(f"{folder}: its format is {written!r}, this version reads {FORMAT}; convert again")
+    _refuse_damage(folder, [NOTE])
     return found
 
 
-def write(folder: str | Path, module: Any, **about: Any) -> Path:
+def kept(folder: str | Path) -> dict[str, np.ndarray]:
+    """What no leaf took when the folder was made (`mapping.kept_arrays`). Raises ValueError for damage."""
+    if not note(folder)["kept"]:
+        return {}
+    _refuse_damage(folder, [KEPT])
+    return {name: np.array(array) for name, array in safetensors_file.open_file(Path(folder) / KEPT).items()}
+
+
+def write(folder: str | Path, module: Any, *, kept: mapping.Arrays | None = None, **about: Any) -> Path:
     """Writes the leaves of `module`; `about` (JSON) goes into the note: name, layout, settings and what else is known.
 
-    Raises FileExistsError when the folder holds something already; OSError when writing fails, and nothing is left.
+    `kept` is what upstream's file has beside them (`mapping.kept_arrays`). Raises FileExistsError when the folder holds
+    something already; OSError when writing fails, and nothing is left.
     """
     folder = check_free(folder)
     arrays = dict(mapping.named_leaves(module)[0])
@@ -61,11 +73,15 @@ def write(folder: str | Path, module: Any, **about: Any) -> Path:
         temporary.mkdir(parents=True)
         with _orbax() as checkpointer:  # whole leaves: cut into chunks, they would be copied all at once
             checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
-        text = json.dumps({"format": FORMAT, **about, "leaves": leaves}, indent=1)
+        text = json.dumps({"format": FORMAT, **about, "kept": sorted(kept or {}), "leaves": leaves}, indent=1)
         (temporary / NOTE).write_text(text + "\n", encoding="utf-8")
+        if kept:
+            safetensors_file.write(temporary / KEPT, kept)
+        sealed.write_manifest(temporary)
         if folder.exists():
             folder.rmdir()  # empty: `check_free`
         temporary.rename(folder)
+        sealed.sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -83,7 +99,8 @@ def check_free(folder: str | Path) -> Path:
 def read(folder: str | Path, module: Any, *, name: str, dtype: Any = None, sharding: Any = None) -> Any:
     """The abstract `module` with the leaves of a folder; `dtype` and `sharding` as in `mapping.load_state_dict`.
 
-    Each device reads its part. Raises ValueError for another network's folder, leaves that differ, damage.
+    Each device reads its part, after every file was compared with its digest. Raises ValueError for another network's
+    folder, leaves that differ, damage.
     """
     stored = _checked(folder, module, name)
     leaves, treedef = mapping.named_leaves(module)
@@ -105,7 +122,7 @@ def read(folder: str | Path, module: Any, *, name: str, dtype: Any = None, shard
 def read_lazily(folder: str | Path, module: Any, *, name: str) -> Any:
     """The abstract `module` with leaves that NumPy reads from the folder each time it is given one; for export.
 
-    Raises as `read`, for damage only when a leaf is read.
+    Raises as `read`.
     """
     stored = _checked(folder, module, name)
     leaves, treedef = mapping.named_leaves(module)
@@ -125,7 +142,7 @@ class _Stored:
 
 
 def _checked(folder: str | Path, module: Any, name: str) -> dict[str, np.dtype]:
-    """The dtypes of the leaves on the disk, which are those of `module` by name and shape; or ValueError."""
+    """The dtypes of the leaves on the disk, which are whole and those of `module` by name and shape; or ValueError."""
     found = note(folder)
     if found["name"] != name:
         raise ValueError(f"{folder} holds {found['name']}, not {name}; load it as {found['name']}")
@@ -137,7 +154,13 @@ def _checked(folder: str | Path, module: Any, name: str) -> dict[str, np.dtype]:
             f"{folder}: {len(differing)} leaves differ from the model's, first {first}: {there.get(first, 'none')} in "
             f"the folder, {here.get(first, 'none')} in the model; it was converted with {found['settings']}"
         )
+    _refuse_damage(folder)
     return {leaf: np.dtype(dtype) for leaf, (dtype, _) in found["leaves"].items()}
+
+
+def _refuse_damage(folder: str | Path, names: list[str] | None = None) -> None:
+    if damage := sealed.find_damage(Path(folder), names):
+        raise ValueError(f"{folder}: damaged: {damage}; convert again")
 
 
 def _batches(arguments: Mapping[str, ocp.ArrayRestoreArgs]) -> list[dict[str, ocp.ArrayRestoreArgs]]:

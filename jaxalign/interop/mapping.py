@@ -20,6 +20,7 @@ from jaxalign.interop.mismatch import check
 from jaxalign.interop.rules import Fixed, Join, Rename, Reshape, Rule, Split, Stack, Tied, Transpose
 
 Module = TypeVar("Module")
+Arrays = Mapping[str, np.ndarray]
 
 _WEIGHT = ("kernel", "scale", "embedding")
 
@@ -154,6 +155,14 @@ class _Plan:
     pieces: dict[str, list[_Piece]]  # by upstream name, parts in order
     fixed: dict[str, Fixed]
     tied: dict[str, str]
+    kept: Arrays
+
+    def tables(self, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """What has no leaf: as it was kept, or else as its rule makes it."""
+        for name, rule in self.fixed.items():
+            table = self.kept[name] if name in self.kept else rule.array()
+            own = table.dtype if name in self.kept else _cast_to(table.dtype, dtype)
+            yield name, np.array(table, dtype=own, order="C")
 
     def shape(self, name: str) -> tuple[int, ...]:
         pieces = self.pieces[name]
@@ -164,7 +173,7 @@ class _Plan:
         return tuple(shape)
 
 
-def _plan(module: Any, rules: Sequence[Rule]) -> _Plan:
+def _plan(module: Any, rules: Sequence[Rule], kept: Arrays | None = None) -> _Plan:
     leaves, treedef = named_leaves(module)
     by_name: dict[str, list[_Piece]] = {}
     for path, leaf in leaves:
@@ -190,22 +199,25 @@ def _plan(module: Any, rules: Sequence[Rule]) -> _Plan:
         elif isinstance(rule, Fixed):
             fixed |= {m.expand(rule.name): rule for name in by_name if (m := re.fullmatch(rule.where, name))}
     tied = {rule.name: rule.source for rule in rules if isinstance(rule, Tied)}
-    return _Plan(leaves, treedef, by_name, fixed, tied)
+    kept = dict(kept or {})
+    if unknown := [name for name in kept if name not in fixed]:
+        raise ValueError(f"{unknown[0]!r} was kept of a file, and no rule Fixed of this model is about it")
+    return _Plan(leaves, treedef, by_name, fixed, tied, kept)
 
 
 # ---- the public functions ----------------------------------------------------------------------------------
 
 
-def upstream_shapes(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> dict[str, jax.ShapeDtypeStruct]:
+def upstream_shapes(
+    module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None, kept: Arrays | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Upstream's keys with shapes and dtypes, for a module or an abstract one; allocates no leaf.
 
-    `dtype` stands in for that of the floating ones, as in `upstream_arrays`.
+    `dtype` stands in for that of the floating ones, and `kept` for fixed tables, as in `upstream_arrays`.
     """
-    plan = _plan(module, rules)
+    plan = _plan(module, rules, kept)
     shapes = {n: jax.ShapeDtypeStruct(plan.shape(n), _cast_to(ps[0].dtype, dtype)) for n, ps in plan.pieces.items()}
-    for name, rule in plan.fixed.items():
-        table = rule.array()
-        shapes[name] = jax.ShapeDtypeStruct(table.shape, _cast_to(table.dtype, dtype))
+    shapes |= {name: jax.ShapeDtypeStruct(table.shape, table.dtype) for name, table in plan.tables(dtype)}
     return shapes | {name: shapes[source] for name, source in plan.tied.items()}
 
 
@@ -213,13 +225,16 @@ def _cast_to(own: np.dtype, dtype: Any) -> np.dtype:
     return np.dtype(dtype) if dtype is not None and is_floating(own) else np.dtype(own)
 
 
-def upstream_arrays(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+def upstream_arrays(
+    module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None, kept: Arrays | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """(name, array) of the state dict, one after the other in the order of our leaves; each is an array of its own.
 
     Leaves are fetched one by one and nothing is kept, so that a model can be written out without a second copy of
-    it in memory. `dtype` casts the floating ones, fixed tables too.
+    it in memory. `dtype` casts the floating ones, fixed tables too. `kept`, what `kept_arrays` took from a file, goes
+    out as it is. Raises ValueError when a key of it is not known.
     """
-    plan = _plan(module, rules)
+    plan = _plan(module, rules, kept)
     by_leaf = _by_leaf(plan)
     tied: dict[str, list[str]] = {}
     for name, source in plan.tied.items():
@@ -241,8 +256,7 @@ def upstream_arrays(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = Non
                 parts[piece.part[1]] = cast(piece.outward(host))
                 if all(part is not None for part in parts):
                     yield piece.name, np.concatenate(waiting.pop(piece.name), piece.part[0])
-        for name, rule in plan.fixed.items():
-            yield name, cast(rule.array())
+        yield from plan.tables(dtype)
 
     for name, array in whole():
         yield name, array
@@ -250,15 +264,26 @@ def upstream_arrays(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = Non
             yield twin, array.copy()
 
 
-def state_dict(module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None) -> dict[str, np.ndarray]:
+def state_dict(
+    module: Any, rules: Sequence[Rule] = (), *, dtype: Any = None, kept: Arrays | None = None
+) -> dict[str, np.ndarray]:
     """PyTorch state dict of a module in upstream's names, axes and order; as `upstream_arrays`."""
-    arrays = dict(upstream_arrays(module, rules, dtype=dtype))
+    arrays = dict(upstream_arrays(module, rules, dtype=dtype, kept=kept))
     return {name: arrays[name] for name in upstream_shapes(module, rules)}
+
+
+def kept_arrays(module: Any, weights: Arrays, rules: Sequence[Rule] = ()) -> dict[str, np.ndarray]:
+    """What a file has and no leaf takes, where a rule `Fixed` is about it: copies, number format and all.
+
+    Beside the module they make the way back exact: PyTorch's BatchNorm counts in int64, which JAX leaves hold only with
+    jax_enable_x64; and nothing that a program computes reads them.
+    """
+    return {name: np.array(weights[name], order="C") for name in _plan(module, rules).fixed if name in weights}
 
 
 def load_state_dict(
     module: Module,
-    weights: Mapping[str, np.ndarray],
+    weights: Arrays,
     rules: Sequence[Rule] = (),
     *,
     dtype: Any = None,
@@ -309,7 +334,7 @@ def _by_leaf(plan: _Plan) -> dict[str, list[_Piece]]:
 # ---- import in detail --------------------------------------------------------------------------------------
 
 
-def _source(plan: _Plan, weights: Mapping[str, np.ndarray], piece: _Piece) -> Callable[[], np.ndarray]:
+def _source(plan: _Plan, weights: Arrays, piece: _Piece) -> Callable[[], np.ndarray]:
     """Gives the leaf's box as upstream's file has it. Called late: a lazy mapping makes its view then."""
 
     def get() -> np.ndarray:

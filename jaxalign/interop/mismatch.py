@@ -37,6 +37,8 @@ def check(
             array, table = np.asarray(weights[name]), rule.array()
             if array.shape != table.shape:
                 wrong.append(f"{name} (file {array.shape}, model {table.shape})")
+            elif is_floating(array.dtype) != is_floating(table.dtype):
+                wrong.append(f"{name} (file {array.dtype}, model {table.dtype})")
             elif rule.check and not _agree(array, table, rule.atol):
                 wrong.append(f"{name} (its values differ from the table that the model computes)")
     for name, source in tied.items():

@@ -86,7 +86,8 @@ class Fixed:
 
     `value` is an array or a function that makes one. With `where`, one key for every upstream name that this
     pattern matches whole; `name` may use its groups. On import the key may be missing; where it is there it
-    must have this shape and, unless `check` is False, these values within `atol`. On export it is written.
+    must have this shape and kind of numbers and, unless `check` is False, these values within `atol`. On export
+    it is written, with the file's own numbers where `mapping.kept_arrays` kept them.
     """
 
     name: str
@@ -116,5 +117,5 @@ class Ignored:
 
 Rule = Stack | Rename | Transpose | Reshape | Split | Join | Fixed | Tied | Ignored
 
-# PyTorch's BatchNorm counts its training steps; inference never reads the count.
+# PyTorch's BatchNorm counts its training steps; inference never reads the count, so it is kept beside the module.
 BATCH_NORM_COUNTS = Fixed(r"\1.num_batches_tracked", np.zeros((), np.int64), where=r"(.*)\.running_mean", check=False)

@@ -93,6 +93,7 @@ class Loaded(NamedTuple):
     module: nnx.Module
     layout: str  # key of Entry.layouts
     left_out: list[str]  # keys that the table says are no part of the teacher
+    kept: Arrays  # what no leaf takes and the way back to PyTorch needs: `mapping.kept_arrays`
 
 
 def load_upstream(name: str, module: nnx.Module, weights: str | Path | Arrays, **options: Any) -> Loaded:
@@ -108,7 +109,8 @@ def load_upstream(name: str, module: nnx.Module, weights: str | Path | Arrays, *
     except ValueError as error:
         raise ValueError(f"teacher {name}: {error}{_nearest(weights, asked=name)}") from None
     known = mapping.upstream_shapes(module, rules)
-    return Loaded(loaded, layout, [key for key in arrays if key not in known])
+    left_out = [key for key in arrays if key not in known]
+    return Loaded(loaded, layout, left_out, mapping.kept_arrays(module, arrays, rules))
 
 
 def abstract(name: str, **settings: Any) -> nnx.Module:

@@ -2,7 +2,7 @@
 
     DIRECTORY/STEP/state/         Orbax's arrays, one entry a leaf under its dotted name
     DIRECTORY/STEP/metadata.json  step, shape and dtype of every leaf, and what the caller adds (the config)
-    DIRECTORY/STEP/manifest.json  written last: a folder without it was never finished (manifest.py)
+    DIRECTORY/STEP/manifest.json  written last: a folder without it was never finished (interop/sealed.py)
 
 The state goes in as a flat {dotted name: array}: what is on disk does not depend on NNX's or optax's
 classes, and parts can be picked by regex. Processes share DIRECTORY; process 0 seals, prunes and decides
@@ -26,7 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jaxalign.training import manifest, restore
+from jaxalign.interop import sealed
+from jaxalign.training import restore
 from jaxalign.training.mesh import named_leaves
 
 
@@ -136,7 +137,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps whose saving was finished, ascending; whether they are whole shows at restore."""
-        return [step for step in self._folders() if (self.directory / str(step) / manifest.NAME).is_file()]
+        return [step for step in self._folders() if (self.directory / str(step) / sealed.NAME).is_file()]
 
     @property
     def last_good(self) -> int | None:
@@ -188,7 +189,7 @@ class Checkpoints:
             self._clear(step)
             self._failed.add(step)  # until it is sealed
             folder.mkdir(parents=True)
-            manifest.write_atomic(folder / restore.METADATA, json.dumps(metadata, indent=1) + "\n")
+            sealed.write_atomic(folder / restore.METADATA, json.dumps(metadata, indent=1) + "\n")
         except OSError as error:
             self._save_failed(step, error)
             return 0
@@ -200,7 +201,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         if not folder.exists():
             return
-        if not (folder / manifest.NAME).exists():
+        if not (folder / sealed.NAME).exists():
             self._remove(step)
             self._say(f"removed the unfinished checkpoint {folder}")
             return
@@ -216,7 +217,7 @@ class Checkpoints:
         try:
             self._orbax.wait_until_finished()
             if self._primary:
-                manifest.write_manifest(self.directory / str(step))
+                sealed.write_manifest(self.directory / str(step))
         except Exception as error:
             self._save_failed(step, error)
             return
@@ -243,7 +244,7 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         folder = self.directory / str(step)
         # The manifest goes first: a kill in the middle leaves an unfinished checkpoint and not a damaged one.
-        (folder / manifest.NAME).unlink(missing_ok=True)
+        (folder / sealed.NAME).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
@@ -277,7 +278,7 @@ class Checkpoints:
         """Check from the newest to the oldest, say what is damaged; the first whole one, agreed by all."""
         chosen = None
         for step in reversed(self._folders()) if self._primary else ():
-            damage = manifest.find_damage(self.directory / str(step))
+            damage = sealed.find_damage(self.directory / str(step))
             if damage is None:
                 chosen = step
                 break

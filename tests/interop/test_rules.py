@@ -179,7 +179,14 @@ def test_batch_norm_counts_tied_and_ignored():
         {n.removeprefix("bn."): torch.from_numpy(a) for n, a in exported.items() if n.startswith("bn.")}
     )
     state = exported | {"bn.num_batches_tracked": np.array(812), "head.weight": np.zeros(3)}
-    same(mapping.state_dict(mapping.load_state_dict(module, state, rules), rules), exported)
+    loaded = mapping.load_state_dict(module, state, rules)
+    same(mapping.state_dict(loaded, rules), exported)
+    kept = mapping.kept_arrays(module, state, rules)
+    same(mapping.state_dict(loaded, rules, kept=kept), exported | {"bn.num_batches_tracked": np.array(812)})
+    with pytest.raises(ValueError, match=r"'head.weight' was kept of a file, and no rule Fixed"):
+        mapping.state_dict(module, rules, kept={"head.weight": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"bn.num_batches_tracked \(file float32, model int64\)"):
+        mapping.load_state_dict(module, state | {"bn.num_batches_tracked": np.float32(8)}, rules)
     with pytest.raises(ValueError, match=r"lm_head.weight \(differs from embed.weight"):
         mapping.load_state_dict(module, exported | {"lm_head.weight": np.zeros((5, 4), np.float32)}, rules)
     with pytest.raises(ValueError, match=r"no place for: head.weight"):

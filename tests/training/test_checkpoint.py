@@ -11,7 +11,8 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxalign.training import manifest, restore
+from jaxalign.interop import sealed
+from jaxalign.training import restore
 from jaxalign.training.checkpoint import Checkpoints
 
 
@@ -125,10 +126,10 @@ def test_one_flipped_bit_in_any_file_is_found(broken):
         whole = path.read_bytes()
         position, bit = stream.randrange(len(whole)), 1 << stream.randrange(8)
         path.write_bytes(whole[:position] + bytes([whole[position] ^ bit]) + whole[position + 1 :])
-        damage = manifest.find_damage(newest)
+        damage = sealed.find_damage(newest)
         assert damage and "\n" not in damage, path
         path.write_bytes(whole)
-    assert manifest.find_damage(newest) is None
+    assert sealed.find_damage(newest) is None
 
 
 def test_a_flipped_bit_falls_back_with_one_line(broken):
@@ -147,7 +148,7 @@ def test_a_flipped_bit_falls_back_with_one_line(broken):
 def test_every_other_damage_falls_back(broken, harm):
     for step in ("30", "20"):
         data = max(files_of(broken / step / "state"), key=lambda path: path.stat().st_size)
-        seal = broken / step / manifest.NAME
+        seal = broken / step / sealed.NAME
         match harm:
             case "cut":
                 data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
@@ -165,7 +166,7 @@ def test_every_other_damage_falls_back(broken, harm):
 
 
 def test_a_newer_format_is_not_guessed_at(broken):
-    seal = broken / "30" / manifest.NAME
+    seal = broken / "30" / sealed.NAME
     seal.write_text(seal.read_text().replace('"format": 1', '"format": 2'))
     found, lines = restore_from(broken)
     assert found.step == 20 and "format is 2" in lines[0]
@@ -173,7 +174,7 @@ def test_a_newer_format_is_not_guessed_at(broken):
 
 def test_all_damaged_is_none_and_said(broken):
     for step in ("10", "20", "30"):
-        (broken / step / manifest.NAME).unlink()
+        (broken / step / sealed.NAME).unlink()
     found, lines = restore_from(broken)
     assert found is None and len(lines) == 3
 
@@ -210,13 +211,13 @@ def test_the_old_one_is_deleted_only_when_the_new_one_is_sealed(tmp_path, monkey
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, {"x": np.zeros(3)})
         checkpoints.wait()
-        real, seen = manifest.write_manifest, []
+        real, seen = sealed.write_manifest, []
 
         def spy(folder):
             seen.append(checkpoints.steps())
             real(folder)
 
-        monkeypatch.setattr(manifest, "write_manifest", spy)
+        monkeypatch.setattr(sealed, "write_manifest", spy)
         checkpoints.save(2, {"x": np.ones(3)})
         checkpoints.wait()
         assert seen == [[1]] and checkpoints.steps() == [2]

@@ -1,19 +1,18 @@
 """What machines do to checkpoints: full and locked disks, processes killed or left at any moment."""
 
 import os
-import random
 import resource
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.training import checkpoint, manifest
+from jaxalign.interop import sealed
+from jaxalign.training import checkpoint
 from jaxalign.training.checkpoint import Checkpoints
 
 
@@ -59,7 +58,7 @@ def test_no_space_for_metadata_or_manifest(tmp_path, monkeypatch, where):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(manifest, where, full)
+            patch.setattr(sealed, where, full)
             checkpoints.save(2, {"x": np.ones(3)})
             checkpoints.wait()
         assert checkpoints.steps() == [1] and checkpoints.failed_saves == 1
@@ -90,51 +89,6 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(tmp_path):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
-KILLED = """
-import itertools, sys
-import numpy as np
-from jaxalign.training.checkpoint import Checkpoints
-def state(step):
-    return {"x": [np.random.default_rng([step, i]).normal(size=60_000) for i in range(6)], "step": step}
-with Checkpoints(sys.argv[1], keep=2) as checkpoints:
-    found = checkpoints.restore_latest(state(0))
-    start = 0 if found is None else found.step
-    if found is not None:
-        for a, b in zip(found.state["x"], state(start)["x"]):
-            assert a.tobytes() == b.tobytes(), "a wrong checkpoint was restored"
-    print("start", start, flush=True)
-    for step in itertools.count(start + 1):
-        checkpoints.save(step, state(step))
-        print("saving", step, flush=True)
-"""
-
-
-def start(home, *more):
-    command = [sys.executable, "-c", KILLED, str(home), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_kill_9_while_saving(tmp_path, kills):
-    """Killed at random moments while it saves back to back: what is picked is whole, nothing is lost."""
-    stream, sealed = random.Random(1), 0
-    for _ in range(kills):
-        process = start(tmp_path)
-        first = process.stdout.readline()
-        while not first.startswith("start"):
-            assert "skipped the damaged checkpoint" in first or "removed" in first, first
-            assert "it has no manifest" in first or "removed" in first
-            first = process.stdout.readline()
-        assert int(first.split()[1]) == sealed
-        time.sleep(stream.uniform(0.02, 0.6))
-        process.kill()
-        process.communicate()
-        whole = [int(p.name) for p in tmp_path.iterdir() if (p / manifest.NAME).exists()]
-        assert all(manifest.find_damage(tmp_path / str(step)) is None for step in whole)
-        sealed = max(whole, default=0)
-    assert sealed > 0
-
-
 LEAVES = """
 import sys
 import numpy as np
@@ -153,7 +107,7 @@ def test_leaving_the_process_finishes_the_save(tmp_path, how):
     command = [sys.executable, "-c", LEAVES, str(tmp_path), how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == (3 if how == "exit" else 0), done.stderr
-    assert manifest.find_damage(tmp_path / "1") is None, done.stdout
+    assert sealed.find_damage(tmp_path / "1") is None, done.stdout
 
 
 RESHARD = """

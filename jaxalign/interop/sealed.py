@@ -1,18 +1,19 @@
 """A manifest makes a folder checkable: size and digest of every file in it, written last and atomically.
 
 Orbax does not notice changed array bytes (measured: 25 of 25 flipped bits were restored silently), so a
-checkpoint counts as one only while its manifest exists and agrees with its files. A crash at any earlier
-moment leaves a folder without a manifest, which nobody picks.
+checkpoint, or a converted network, counts as one only while its manifest exists and agrees with its files. A
+crash at any earlier moment leaves a folder without a manifest, which nobody picks.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "manifest.json"
-FORMAT = 1  # raised when an older reader could not make sense of a checkpoint any more
+FORMAT = 1  # raised when an older reader could not make sense of a manifest any more
 
 
 def sync(path: Path) -> None:
@@ -65,10 +66,11 @@ def write_manifest(folder: Path) -> None:
     write_atomic(folder / NAME, json.dumps({"format": FORMAT, "files": files}, indent=1, sort_keys=True) + "\n")
 
 
-def find_damage(folder: Path) -> str | None:
+def find_damage(folder: Path, names: Collection[str] | None = None) -> str | None:
     """What is wrong with a folder, in words for a person; None when every file is as its manifest says.
 
-    Files that the manifest does not list are nobody's business (a file manager's or a network disk's own).
+    With `names` only those files are read, which the manifest must list. Others that it does not list are
+    nobody's business (a file manager's or a network disk's own).
     """
     try:
         manifest = json.loads((folder / NAME).read_text(encoding="utf-8"))
@@ -82,6 +84,10 @@ def find_damage(folder: Path) -> str | None:
         return f"its format is {written!r}, this version reads {FORMAT}"
     if not expected:
         return "its manifest lists no files"
+    if names is not None:
+        if unlisted := [name for name in names if name not in expected]:
+            return f"its manifest does not list {unlisted[0]}"
+        expected = {name: expected[name] for name in names}
 
     def check(item: tuple[str, tuple[int, str]]) -> str | None:
         name, (size, digest) = item
