@@ -6,7 +6,7 @@ video = codec.decode(latents)
 moments = codec.moments(video)  # to keep; later codec.sample(moments, key) is what encode would have given
 
 encoder = codecs.load("t5_xxl", "CogVideoX-2b")  # text_encoder/
-ids, cut = t5.tokenize("CogVideoX-2b", prompts)
+ids, cut = codecs.tokenize("t5_xxl", "CogVideoX-2b", prompts, 226)
 embeddings = encoder(ids)
 """
 
@@ -18,8 +18,10 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Int
+from numpy import ndarray
 
-from jaxalign.codecs import cogvideox, folder, kl, t5
+from jaxalign.codecs import cogvideox, folder, hashed, kl, t5
 from jaxalign.codecs.pixels import Pixels
 from jaxalign.interop import mapping
 from jaxalign.interop.rules import Rule
@@ -56,7 +58,7 @@ CODECS: dict[str, type[Pixels] | Entry] = (
     )
     | _vae(kl, kl.KL, kl.KLConfig, kl.RULES, "AutoencoderKL")
 )
-TEXT_ENCODERS: dict[str, Entry] = {
+TEXT_ENCODERS: dict[str, type[hashed.HashedWords] | Entry] = {"hash": hashed.HashedWords} | {
     name: Entry(
         t5.T5Encoder,
         t5.T5Config,
@@ -81,14 +83,15 @@ def load(
     FileNotFoundError for weights that are not there.
     """
     entry = _entry(name)
-    if entry is Pixels:
+    if isinstance(entry, type):
         if weights is not None or settings:
             raise ValueError(f"config.codec: {name!r} has no weights; leave out {str(weights or settings)!r}")
-        return Pixels()
+        return entry()
     if weights is None:
+        section = "text" if name in TEXT_ENCODERS else "codec"
         raise FileNotFoundError(
-            f"config.codec: {name!r} needs weights; give the published folder, which has {entry.part}/ in it "
-            f"({entry.kinds[0]}), with --config.codec.weights=FOLDER"
+            f"config.{section}: {name!r} needs weights; give the published folder, which has {entry.part}/ in it "
+            f"({entry.kinds[0]}), with --config.{section}.weights=FOLDER"
         )
     upstream, arrays = folder.read(weights, entry.part, entry.kinds)
     module = abstract(name, **((entry.settings_from(upstream) if upstream else {}) | settings))
@@ -98,16 +101,36 @@ def load(
         raise ValueError(f"{name}: {error}") from None
 
 
-def abstract(name: str, **settings: Any) -> Any:
-    """The codec or text encoder with shapes for leaves: its `latent_shape` without memory. Raises as `load`."""
+def abstract(name: str, weights: str | Path | None = None, **settings: Any) -> Any:
+    """The codec or text encoder with shapes for leaves: its `latent_shape` without memory. Raises as `load`.
+
+    `weights`: a published folder, of which only the sizes are read.
+    """
     entry = _entry(name)
-    if entry is Pixels:
-        return Pixels()
+    if isinstance(entry, type):
+        return entry()
+    if weights is not None:
+        upstream, _ = folder.read(weights, entry.part, entry.kinds)
+        settings = (entry.settings_from(upstream) if upstream else {}) | settings
     known = [field.name for field in dataclasses.fields(entry.config)]
     if unknown := [setting for setting in settings if setting not in known]:
         raise ValueError(f"{name}: no setting {unknown[0]!r}; it has {', '.join(known)}")
     config = entry.config(**(dict(entry.settings) | settings))
     return jax.eval_shape(lambda: entry.module(config, rngs=nnx.Rngs(0)))
+
+
+def tokenize(
+    name: str, weights: str | Path | None, prompts: Sequence[str], length: int
+) -> tuple[Int[ndarray, "b n"], int]:
+    """(token ids [b, length] for the text encoder `name`, how many prompts were longer and are cut).
+
+    Raises ValueError or FileNotFoundError, one line, for an encoder or a tokenizer that is not there.
+    """
+    if _entry(name) is hashed.HashedWords:
+        return hashed.tokenize(prompts, length)
+    if weights is None:
+        raise FileNotFoundError(f"config.text: {name!r} needs the published folder: write --config.text.weights=FOLDER")
+    return t5.tokenize(weights, prompts, length)
 
 
 def layout(name: str, keys: Sequence[str] | Mapping[str, Any]) -> Sequence[Rule]:

@@ -5,6 +5,7 @@ knows positions only through one table of biases by distance, which all blocks s
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,18 +206,23 @@ def tokenize(folder: str | Path, prompts: Sequence[str], max_length: int = 226) 
     `folder` has a folder tokenizer/ or is one. Raises FileNotFoundError when it has none; ValueError for one that
     cannot be read. Source: diffusers pipeline_cogvideox.py, _get_t5_prompt_embeds.
     """
-    from transformers import AutoTokenizer  # seconds to import, and only this function needs it
-
     folder = Path(folder)
     place = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     if not any((place / name).is_file() for name in ("spiece.model", "tokenizer.json")):
         raise FileNotFoundError(f"{place}: no tokenizer (spiece.model or tokenizer.json); give the folder of the model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place), local_files_only=True)
-    except Exception as error:  # the library raises plain ones, pages long
-        raise ValueError(f"{place}: the tokenizer cannot be read ({' '.join(str(error).split())[:160]})") from error
+    tokenizer = _tokenizer(place.resolve())
     whole = tokenizer(list(prompts), add_special_tokens=True, verbose=False)["input_ids"]
     cut = tokenizer(
         list(prompts), padding="max_length", max_length=max_length, truncation=True, add_special_tokens=True
     )["input_ids"]
     return np.asarray(cut, np.int32), sum(len(ids) > max_length for ids in whole)
+
+
+@functools.lru_cache(maxsize=4)  # a million captions come in parts, and reading it takes a second
+def _tokenizer(place: Path):
+    from transformers import AutoTokenizer  # seconds to import, and only this function needs it
+
+    try:
+        return AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+    except Exception as error:  # the library raises plain ones, pages long
+        raise ValueError(f"{place}: the tokenizer cannot be read ({' '.join(str(error).split())[:160]})") from error

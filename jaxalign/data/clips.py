@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,6 +20,7 @@ STRETCH_SECONDS = 10.0  # a longer item gives one window for about every ten sec
 # By time: train before the first, held out after the second, a gap between.
 TRAIN_PART, HELD_OUT_PART = 0.80, 0.85
 SPLITS = ("train", "held_out")
+SHORT = ("skip", "pad")
 # Of a folder with at least that many files; a smaller one is split by time inside each file.
 HELD_OUT_ONE_IN = 20
 
@@ -31,15 +32,23 @@ class Clip:
     num_frames: int
     height: int
     width: int
-    stride: int = 1
+    stride: int = 1  # 0: the clip spans its window, with a stride of ⌊frames / num_frames⌋ (VideoREPA)
     hflip: bool = False
     random_crop: bool = False
+    short: str = "skip"  # of a video with fewer than num_frames frames; 'pad' repeats its last frame (VideoREPA)
 
     def __post_init__(self):
-        for name in ("num_frames", "height", "width", "stride"):
+        for name, least in (("num_frames", 1), ("height", 1), ("width", 1), ("stride", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"data.{name}={value!r}: write a whole number of at least 1")
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"data.{name}={value!r}: write a whole number of at least {least}")
+        if self.short not in SHORT:
+            raise ValueError(f"data.short={self.short!r}: write {' or '.join(SHORT)}")
+
+    @property
+    def fewest(self) -> int:
+        """Frames that a video must have."""
+        return 1 if self.short == "pad" else self.num_frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +78,13 @@ class Source:
     read(item, start, stop, step, cover) -> (uint8 [t,h,w,3], thumbnails of frames start … stop-1);
     look(item) -> (frames, label), for items whose `frames` is None;
     render(window, clip) -> dict, instead of `read`, for sources that make their clips (synthetic);
+    recall(item, place, flip) -> dict, instead of `read`, for clips that were computed before (precomputed.py); `given`,
+    {name: (shape, dtype)}, is then what training batches hold of it, embedded(prompt) -> [n, d] the stored prompts;
     skipped: (name, why) of what was found and cannot be used.
+    captions: what each item shows, parallel to `items`, '' where nobody said; empty where there are none;
+    tokens: [items, n], the captions as a text encoder takes them, set by training/prompts.py; cut_prompts of them were
+    too long for it;
+    notes: further lines for the first screen.
     """
 
     name: str
@@ -79,14 +94,22 @@ class Source:
     read: Callable | None = None
     look: Callable | None = None
     render: Callable | None = None
+    captions: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    tokens: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    cut_prompts: int = 0
+    recall: Callable | None = None
+    given: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=dict, compare=False)
+    embedded: Callable | None = None
 
 
 def windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
     """The windows of `split` ('train' or 'held_out') that are long enough for a clip.
 
     An item gives one window an epoch, a longer one a window for about every ten seconds, so that a film
-    counts for more than a snippet. An item shorter than num_frames gives none (`short_items` names it); one
-    that is long enough only at a smaller stride is taken at the largest stride that fits.
+    counts for more than a snippet; at stride 0 every item is one. An item shorter than num_frames gives none
+    (`short_items` names it) unless it is padded; one that is long enough only at a smaller stride is taken at the
+    largest stride that fits.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: write 'train' or 'held_out'")
@@ -98,7 +121,10 @@ def windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
             found.append(Window(number, 0, None))
             continue
         start, stop = part(item, split)
-        if stop - start < clip.num_frames:
+        if stop - start < clip.fewest:
+            continue
+        if clip.stride == 0:
+            found.append(Window(number, start, stop))
             continue
         span = (clip.num_frames - 1) * clip.stride + 1
         count = max(1, (stop - start) // max(span, round(STRETCH_SECONDS * item.fps)))
@@ -133,10 +159,12 @@ def split_by_name(names: Sequence[str]) -> list[str]:
 
 
 def fingerprint(source: Source) -> str:
-    """Digest of what the data order depends on (names, lengths, labels, splits), to compare hosts or runs."""
+    """Digest of what a run sees and in which order (names, lengths, labels, splits, captions), to compare hosts or
+    runs."""
     digest = hashlib.sha256()
     for item in source.items:
         digest.update(repr(dataclasses.astuple(item)).encode())
+    digest.update(repr(source.captions).encode() if source.captions else b"")
     return digest.hexdigest()[:16]
 
 
@@ -150,12 +178,17 @@ def load(source: Source, window: Window, clip: Clip, rng: np.random.Generator, p
     offset, flip, top, left = rng.random(4)
     offset = offset if position is None else position
     item = source.items[window.item]
+    if source.recall is not None:
+        row = source.recall(window.item, float(offset), bool(clip.hflip and flip < 0.5))
+        return {**row, "label": item.label, "name": item.name}
     if source.render is not None:  # exact flow would have to be flipped and cropped with it: taken as it is
         return {**source.render(window, clip), "label": item.label, "name": item.name}
     stop, label = (window.stop, item.label) if window.stop is not None else source.look(window.item)
-    if stop - window.start < clip.num_frames:
+    if stop - window.start < clip.fewest:
         raise UnreadableVideo(item.name, f"only {stop - window.start} frames, num_frames={clip.num_frames}")
     video = _draw(source, window.item, window.start, stop, clip, offset)
+    if len(video) < clip.num_frames:
+        video = np.concatenate([video, np.repeat(video[-1:], clip.num_frames - len(video), axis=0)])
     spare = video.shape[1] - clip.height, video.shape[2] - clip.width
     if clip.random_crop:
         top, left = int(top * (spare[0] + 1)), int(left * (spare[1] + 1))
@@ -168,12 +201,21 @@ def load(source: Source, window: Window, clip: Clip, rng: np.random.Generator, p
 
 
 def _draw(source: Source, item: int, low: int, high: int, clip: Clip, offset: float) -> UInt8[np.ndarray, "t h w 3"]:
-    """A clip inside frames [low, high), next to a cut rather than across it if one of four places will do."""
+    """A clip inside frames [low, high), next to a cut rather than across it if one of four places will do.
+
+    At stride 0, and where there are fewer frames than the clip wants, there is one place only.
+    """
+    cover = clip.height, clip.width
+    if high - low < clip.num_frames:
+        return source.read(item, low, high, 1, cover)[0]
+    if clip.stride == 0:
+        step = (high - low) // clip.num_frames
+        return source.read(item, low, low + (clip.num_frames - 1) * step + 1, step, cover)[0]
     step = min(clip.stride, (high - low - 1) // max(1, clip.num_frames - 1)) if clip.num_frames > 1 else 1
     span = (clip.num_frames - 1) * step + 1
     room = high - low - span
     start = low + min(room, int(offset * (room + 1)))
-    cover, tried, waiting, first = (clip.height, clip.width), set(), [start], None
+    tried, waiting, first = set(), [start], None
     while waiting and len(tried) < 5:
         start = waiting.pop(0)
         tried.add(start)

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import grain
 import numpy as np
@@ -31,8 +31,8 @@ class Batches:
     """Global batches by step: `batches[step]` at once, or `batches.iterate(step)`, which decodes ahead.
 
     A batch: video uint8 [b,t,h,w,3], label int32 [b], index int64 [b] (the window that was asked for),
-    substituted bool [b] (that window could not be read; another stands in), and flow, visible, state if the
-    source has them; b is this host's share.
+    substituted bool [b] (that window could not be read; another stands in), item int64 [b] (the video that is
+    seen), tokens int32 [b,n] if the source has them, and flow, visible, state likewise; b is this host's share.
     """
 
     source: Source
@@ -41,7 +41,7 @@ class Batches:
     workers: int
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return self.dataset[step]
+        return _told(self.source, self.dataset[step])
 
     def iterate(self, step: int = 0) -> Generator[dict[str, np.ndarray], None, None]:
         """An endless iterator from global batch `step` on; call its close() to end the workers.
@@ -58,17 +58,30 @@ class Batches:
             stream = stream.mp_prefetch(options, worker_init_fn=_begin_worker)
         iterator = iter(stream)
         iterator.start_prefetch()  # at once: the training step is being compiled meanwhile
-        return _until_closed(iterator)
+        return _until_closed(iterator, functools.partial(_told, self.source))
 
     def names(self, index: Int[np.ndarray, "b"] | Sequence[int]) -> list[str]:
         """The videos behind a batch's `index`."""
         return [self.source.items[self.windows[int(k)].item].name for k in index]
 
+    def prompts(self, batch: dict[str, np.ndarray]) -> list[str]:
+        """The captions of the videos that are seen in a batch; ValueError if the source has none."""
+        if not self.source.captions:
+            raise ValueError(f"data.source={self.source.name!r} has no captions")
+        return [self.source.captions[int(k)] for k in batch["item"]]
 
-def _until_closed(iterator: grain.DatasetIterator) -> Generator[dict[str, np.ndarray], None, None]:
-    """The iterator's elements; close() ends its threads and workers and lets go of it."""
+
+def _told(source: Source, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with the tokens of its captions: put in here, so that no decode worker holds a copy of all of them."""
+    if source.tokens is None:
+        return batch
+    return batch | {"tokens": source.tokens[batch["item"]].astype(np.int32)}
+
+
+def _until_closed(iterator: grain.DatasetIterator, change: Callable) -> Generator[dict[str, np.ndarray], None, None]:
+    """The iterator's elements, changed; close() ends its threads and workers and lets go of it."""
     try:
-        yield from iterator
+        yield from map(change, iterator)
     finally:
         iterator.close()
 
@@ -94,6 +107,7 @@ def batches(
     height: int,
     width: int,
     stride: int = 1,
+    short: str = "skip",
     hflip: bool = False,
     random_crop: bool = False,
     workers: int = 0,
@@ -105,7 +119,7 @@ def batches(
     Every epoch has its own order. Raises ValueError if the source has no window long enough, or B is no
     multiple of P.
     """
-    clip = Clip(num_frames, height, width, stride, hflip, random_crop)
+    clip = Clip(num_frames, height, width, stride, hflip, random_crop, short)
     if batch_size < 1 or batch_size % process_count:
         raise ValueError(
             f"batch_size={batch_size} cannot be shared by {process_count} processes; "
@@ -117,7 +131,8 @@ def batches(
     dataset = grain.MapDataset.range(len(found)).repeat()
     dataset = dataset.map_with_index(functools.partial(_shuffled, seed, len(found)))
     dataset = dataset.batch(batch_size, drop_remainder=True)
-    dataset = dataset.map(functools.partial(_decode, source, found, clip, seed, rows))
+    untold = dataclasses.replace(source, captions=(), tokens=None, embedded=None)
+    dataset = dataset.map(functools.partial(_decode, untold, found, clip, seed, rows))
     return Batches(source, found, dataset, workers)
 
 
@@ -142,23 +157,25 @@ def _decode(source, found, clip: Clip, seed: int, rows: slice, batch: np.ndarray
 
 
 def held_out(
-    source: Source, n: int, *, num_frames: int, height: int, width: int, stride: int = 1
+    source: Source, n: int, *, num_frames: int, height: int, width: int, stride: int = 1, short: str = "skip"
 ) -> dict[str, np.ndarray]:
     """A batch of n held-out clips, always the same ones, spread evenly over the held-out windows.
 
     Neither flipped nor randomly cropped. Raises ValueError if nothing held out is long enough.
     """
-    clip = Clip(num_frames, height, width, stride)
+    clip = Clip(num_frames, height, width, stride, short=short)
     found = _windows(source, "held_out", clip)
-    rows = []
-    for k in range(n):
-        if n >= len(found):  # several clips a window: early, middle, late
-            number, turn = k % len(found), k // len(found)
-            turns = (n - number - 1) // len(found) + 1
-        else:
-            number, turn, turns = k * len(found) // n, 0, 1
-        rows.append(_row(source, found, clip, 0, k, number, position=(turn + 0.5) / turns))
-    return _stack(rows)
+    return _told(source, _stack([held_out_clip(source, found, clip, k, n) for k in range(n)]))
+
+
+def held_out_clip(source: Source, found: Sequence[Window], clip: Clip, k: int, n: int) -> dict:
+    """Number k of `held_out`'s n clips; `found` are the held-out windows."""
+    if n >= len(found):  # several clips a window: early, middle, late
+        number, turn = k % len(found), k // len(found)
+        turns = (n - number - 1) // len(found) + 1
+    else:
+        number, turn, turns = k * len(found) // n, 0, 1
+    return _row(source, found, clip, 0, k, number, position=(turn + 0.5) / turns)
 
 
 def _windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
@@ -187,12 +204,12 @@ def _row(source, found, clip: Clip, seed: int, place: int, number: int, position
                 break
             continue
         del row["name"]
-        return {**row, "index": number, "substituted": bool(failed)}
+        return {**row, "index": number, "substituted": bool(failed), "item": window.item}
     first = next(iter(failed.values()))
     raise ValueError(f"data.source={source.name!r}: {len(failed)} videos in a row cannot be read; the first is {first}")
 
 
-_DTYPES = {"label": np.int32, "index": np.int64, "substituted": np.bool_}
+_DTYPES = {"label": np.int32, "index": np.int64, "substituted": np.bool_, "item": np.int64}
 
 
 def _stack(rows: list[dict]) -> dict[str, np.ndarray]:

@@ -1,8 +1,8 @@
 """Videos out of ArrayRecord shards: our own plain format, and prepared tfds data sets. No TensorFlow.
 
 Our format. A shard is `NAME.array_record` (or tfds' `NAME-SPLIT.array_record-00000-of-00004`); a record is
-the bytes of `numpy.savez(video=uint8 [t,h,w,3], label=int, name=str)`, label and name optional. Beside each
-shard may lie `SHARD.json` with {"classes": […], "records": [[name, frames, label], …]}; a shard without it is
+the bytes of `numpy.savez(video=uint8 [t,h,w,3], label=int, name=str, caption=str)`, all but video optional. Beside each
+shard may lie `SHARD.json` with {"classes": […], "records": [[name, frames, label, caption], …]}; a shard without it is
 read through once when the source is opened. Shards whose file name has the word train are for training, with
 test, val, valid, validation or held_out for evaluation; without such names records are split as the files of
 a folder are.
@@ -30,7 +30,7 @@ _TRAIN, _HELD_OUT = ("train",), ("test", "val", "valid", "validation", "held_out
 
 
 def write_array_record(path: str, clips: Iterable[dict], classes: tuple[str, ...] = ()) -> int:
-    """Writes a shard and its JSON from dicts of video (uint8 [t,h,w,3]), label, name; returns how many.
+    """Writes a shard and its JSON from dicts of video (uint8 [t,h,w,3]), label, name, caption; returns how many.
 
     The shard appears under its name only when it is whole. Raises ValueError for a video of another shape or
     dtype.
@@ -43,9 +43,11 @@ def write_array_record(path: str, clips: Iterable[dict], classes: tuple[str, ...
             if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
                 raise ValueError(f"record {name}: video is {video.dtype}{list(video.shape)}; wanted uint8 [t,h,w,3]")
             data = io.BytesIO()
-            np.savez(data, video=video, label=np.int64(clip.get("label", 0)), name=np.array(name))
+            caption = str(clip.get("caption", ""))
+            told = {"caption": np.array(caption)} if caption else {}
+            np.savez(data, video=video, label=np.int64(clip.get("label", 0)), name=np.array(name), **told)
             writer.write(data.getvalue())
-            listed.append([name, len(video), int(clip.get("label", 0))])
+            listed.append([name, len(video), int(clip.get("label", 0)), *([caption] if caption else [])])
     except BaseException:
         writer.close()
         os.remove(unfinished)
@@ -73,14 +75,15 @@ def array_record(path: str) -> Source:
     paths = shards(folder) if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"data.source={path!r}: no *.array_record files in it")
-    found, classes = [], ()
+    found, captions, classes = [], [], ()
     for shard in paths:
         count, sidecar = len(_reader((shard,))), Path(f"{shard}.json")
         listed = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
         if len(listed.get("records", ())) != count:  # none, or another shard's
             listed["records"] = [_describe(shard, k) for k in range(count)]
         classes = tuple(listed.get("classes") or classes)
-        found += [(_split_of(shard), *record) for record in listed["records"]]
+        found += [(_split_of(shard), *record[:3]) for record in listed["records"]]
+        captions += [record[3] if len(record) > 3 else "" for record in listed["records"]]
     if not found:
         raise ValueError(f"data.source={path!r}: no records in its {len(paths)} *.array_record files")
     if all(split is None for split, *_ in found):
@@ -93,12 +96,14 @@ def array_record(path: str) -> Source:
         Item(name, frames, RECORD_FPS, label, split)
         for (_, name, frames, label), split in zip(found, splits, strict=True)
     )
-    return Source(str(path), items, classes, read=functools.partial(_read_record, tuple(paths)))
+    told = tuple(captions) if any(captions) else ()
+    return Source(str(path), items, classes, read=functools.partial(_read_record, tuple(paths)), captions=told)
 
 
 def _describe(shard: str, number: int) -> list:
     record = _record((shard,), number)
-    return [record["name"] or f"{Path(shard).name}:{number}", len(record["video"]), record["label"]]
+    name = record["name"] or f"{Path(shard).name}:{number}"
+    return [name, len(record["video"]), record["label"], record["caption"]]
 
 
 def _split_of(shard: str) -> str | None:
@@ -116,18 +121,18 @@ def _reader(paths: tuple[str, ...]) -> ArrayRecordDataSource:
 
 @functools.lru_cache(maxsize=4)  # a clip that moves off a cut reads its record again
 def _record(paths: tuple[str, ...], number: int) -> dict:
-    """One record of our format as {'video', 'label', 'name'}. Raises UnreadableVideo."""
+    """One record of our format as {'video', 'label', 'name', 'caption'}. Raises UnreadableVideo."""
     name = f"{paths[0] if len(paths) == 1 else Path(paths[0]).parent}: record {number}"
     try:
         with np.load(io.BytesIO(_reader(paths)[number]), allow_pickle=False) as stored:
             video = stored["video"]
             label = int(stored["label"]) if "label" in stored else 0
-            title = str(stored["name"]) if "name" in stored else ""
+            title, caption = (str(stored[key]) if key in stored else "" for key in ("name", "caption"))
     except (RuntimeError, ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         raise UnreadableVideo(name, f"not the bytes of numpy.savez with a field 'video' ({error})") from error
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
         raise UnreadableVideo(name, f"its video is {video.dtype}{list(video.shape)}, not uint8 [t,h,w,3]")
-    return {"video": video, "label": label, "name": title}
+    return {"video": video, "label": label, "name": title, "caption": caption}
 
 
 def _read_record(paths: tuple[str, ...], item: int, start: int, stop: int, step: int, cover: tuple[int, int]):

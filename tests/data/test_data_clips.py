@@ -38,8 +38,8 @@ def test_windows_cover_the_split_and_long_items_give_more():
     assert windows(_source(9, split="train"), "train", SMALL) == (Window(0, 0, 9),)
     with pytest.raises(ValueError, match="held_out"):
         windows(source, "test", SMALL)
-    with pytest.raises(ValueError, match=r"data\.stride=0"):
-        Clip(8, 24, 24, stride=0)
+    with pytest.raises(ValueError, match=r"data\.stride=-1"):
+        Clip(8, 24, 24, stride=-1)
 
 
 def _recording(frames=60, cuts=()):

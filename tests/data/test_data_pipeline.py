@@ -39,6 +39,7 @@ def test_what_a_batch_is(source):
         "label": ((8,), "int32"),
         "index": ((8,), "int64"),
         "substituted": ((8,), "bool"),
+        "item": ((8,), "int64"),
     }
     assert not batch["substituted"].any()
     names = data.names(batch["index"])

@@ -134,7 +134,7 @@ def test_folders_without_videos(tmp_path):
 
 
 def test_demo_needs_its_package(monkeypatch):
-    assert set(SOURCES) == {"demo", "synthetic", "folder", "array_record", "tfds"}
+    assert set(SOURCES) == {"demo", "synthetic", "folder", "array_record", "tfds", "precomputed"}
     source = open_source("demo")
     assert [item.name for item in source.items] == ["bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"]
     assert len(summary(source, **SIZE)) == 1 and "3 videos, 19 s" in summary(source, **SIZE)[0]

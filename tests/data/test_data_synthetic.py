@@ -119,6 +119,7 @@ def test_as_a_source():
         "label": (4,),
         "index": (4,),
         "substituted": (4,),
+        "item": (4,),
     }
     assert source.classes == ("drift", "gravity")
     np.testing.assert_array_equal(batch["label"], batch["index"] % 2)

@@ -1,0 +1,347 @@
+"""Compute once what is slow and frozen, and train from it.
+
+python -m jaxalign.precompute --config configs/tsa.py:SCALE --out FOLDER [--what=…] [--config.FIELD=…]
+python -m jaxalign.main --config configs/tsa.py:SCALE --config.data.source=FOLDER
+
+    latents   moments of the codec's posterior, so that latents are drawn anew each time; of pixels: the videos
+    text      embeddings of the captions, each different one once, of the empty prompt and of config.sample.prompts
+    teachers  the tokens of every teacher that the config aligns with, and the motion saliency if M-TSA asks it
+    flow      targets of a flow network (--flow_network, --flow_weights; teachers/flow_target.py)
+    video     the clips themselves: teachers that are not stored are then asked while training
+
+The folder holds one clip a window (its centre; --variants takes more, evenly spread) and, with data.hflip, its mirror
+image. The same command goes on where it was stopped; another --what adds to the folder. Several processes or machines
+deal out the shards by number: --num_processes=N --process_id=K on each, or --shard_range=A:B; Slurm, Open MPI and TPU
+slices are detected. Videos that cannot be read are skipped, counted and named.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from jaxalign.convert import Progress
+from jaxalign.data import pipeline, precomputed
+from jaxalign.data.clips import SPLITS, Clip, Source, Window, load, windows
+from jaxalign.data.precomputed import Clips, Folder, Series
+from jaxalign.data.video import UnreadableVideo
+from jaxalign.training import config as config_lib
+from jaxalign.training import contents, processes, prompts, setup
+from jaxalign.training.data_settings import clip_settings
+from jaxalign.training.makers import DTYPES, WHAT, Options, about, claim, makers, networks, stored
+from jaxalign.training.mesh import batch_sharding, make_mesh
+
+PROMPTS_AT_ONCE = 8  # times the clips: a prompt is much smaller
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def precompute(
+    config: ml_collections.ConfigDict,
+    out: str | Path,
+    options: Options | None = None,
+    say: Callable[[str], None] = _say,
+) -> dict[str, int]:
+    """Make what is missing in the folder `out` of a resolved config; returns {'clips', 'bad', 'missing'}.
+
+    bad: clips that could not be read; missing: shards that others have to make. Raises ValueError or OSError, one
+    line, for a folder of other clips or contents, settings without sense, weights that are not there, a full disk.
+    """
+    options = options or Options()
+    source = prompts.open_told(config)
+    if source.recall is not None:
+        raise ValueError(f"config.data.source = {config.data.source!r} is precomputed already: name the videos")
+    mesh = make_mesh(data=1, fsdp=-1, devices=jax.local_devices())
+    clip, found = _windows(config, source, options)
+    text = "text" in options.what and setup.is_told_by_text(config)
+    # A mistake up to here leaves no folder behind that the next try would meet.
+    run = networks(config, source, options, mesh, text=text)
+    folder = precomputed.claim(
+        Path(out).expanduser(),
+        Clips(
+            fields=contents.of_clips(config, source),
+            windows={"train": len(found["train"]), "held_out": options.held_out},
+            variants=options.variants,
+            # What a source renders is never mirrored (data/clips.py, load).
+            flips=2 if config.data.hflip and source.render is None else 1,
+            classes=source.classes,
+            about={"source": str(config.data.source), **about()},
+        ),
+    )
+    listed = _captions(source, found)
+    if text:
+        _make_prompts(folder, run, source, listed, config, options, mesh, say)
+    made = makers(config, run, options, folder)
+    series = claim(folder, made, options, say)
+    decode = functools.partial(_decode, source, clip, found, options)
+    _make_shards(folder, made, series, decode, listed, options, mesh, say)
+    return _report(folder.path, options, say)
+
+
+def _windows(config, source: Source, options: Options) -> tuple[Clip, dict[str, tuple[Window, ...]]]:
+    """The clip and the windows of both splits, as training sees them."""
+    clip = Clip(**clip_settings(config))
+    if options.variants > 1 and (source.render is not None or clip.stride == 0):
+        raise ValueError(f"--variants={options.variants}: a window of this source has one clip only; leave it out")
+    found = {split: windows(source, split, clip) for split in SPLITS}
+    for split in SPLITS:
+        if not found[split]:
+            raise ValueError(f"data.source={source.name!r}: no video for split {split!r} has {clip.num_frames} frames")
+    count = len(found["train"])
+    if 0 < options.clips < count:
+        found["train"] = tuple(found["train"][k * count // options.clips] for k in range(options.clips))
+    return clip, found
+
+
+# ---- clips
+
+
+def _decode(source, clip: Clip, found, options: Options, flips: int, split: str, unit: int):
+    """(item, label, the clip's versions uint8 [v,t,h,w,3]), or the UnreadableVideo that says why not."""
+    if split == "held_out":
+        row = pipeline.held_out_clip(source, found[split], clip, unit, options.held_out)
+        return row["item"], int(row["label"]), row["video"][None]
+    window, versions = found[split][unit], []
+    for variant in range(options.variants):
+        try:
+            row = load(source, window, clip, np.random.default_rng(0), (variant + 0.5) / options.variants)
+        except UnreadableVideo as error:
+            return window.item, error
+        versions += [row["video"]] + [row["video"][:, :, ::-1]] * (flips - 1)
+    return window.item, int(row["label"]), np.stack(versions)
+
+
+def _ahead(tasks: Iterable[Callable], threads: int, ahead: int) -> Iterator[Any]:
+    """The results of tasks in their order, some of them under way in threads; close() lets the rest be."""
+    pool, waiting = ThreadPoolExecutor(threads), deque()
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _make_shards(folder: Folder, makers, series, decode, listed, options: Options, mesh, say) -> None:
+    """Every shard of this process's that is not whole yet."""
+    work = []
+    for size in dict.fromkeys(s.per_shard for s in series.values()):
+        group = [m for m in makers if series[m.name].per_shard == size]
+        numbered = [(split, k) for split in SPLITS for k in range(-(-folder.clips.windows[split] // size))]
+        for number, (split, k) in enumerate(numbered):
+            paths = {m.name: folder.path / series[m.name].shards(split)[k] for m in group if split in m.splits}
+            todo = {name: path for name, path in paths.items() if not precomputed.is_whole(path)}
+            if todo and options.mine(number):
+                units = range(k * size, min((k + 1) * size, folder.clips.windows[split]))
+                work.append(([m for m in group if m.name in todo], todo, split, units))
+    threads = options.threads or os.cpu_count() or 1
+    clips = sum(len(units) for *_, units in work)
+    if not clips:
+        return
+    compiled = {m.name: jax.jit(stored(m, DTYPES[options.dtype])) for m in makers if m.compute is not None}
+    tasks = (functools.partial(decode, folder.clips.flips, split, k) for *_, split, units in work for k in units)
+    stream = _ahead(tasks, threads, threads + options.at_once * mesh.size)
+    with contextlib.closing(stream), Progress("clips", clips) as progress:
+        for chosen, paths, split, units in work:
+            _make_shard(chosen, paths, split, units, stream, compiled, listed, options, mesh, progress, say)
+
+
+def _make_shard(chosen, paths, split, units, stream, compiled, listed, options, mesh, progress, say) -> None:
+    """The shards of one number of all chosen series at once."""
+    at_once, rows, pending = options.at_once * mesh.size, [], []
+    named, bad = [], []
+    names, numbers = listed
+    with contextlib.ExitStack() as stack:
+        shards = {name: stack.enter_context(precomputed.new_shard(path)) for name, path in paths.items()}
+
+        def flush(count: int) -> None:
+            """Start the next batch, write the one before: devices and disk work side by side."""
+            if count:
+                batch = np.stack([rows[min(k, count - 1)] for k in range(at_once)])  # one shape: one compilation
+                del rows[:count]
+                placed = jax.device_put(batch, batch_sharding(mesh)) if compiled else None
+                made = {m.name: compiled[m.name](m.network, placed) if m.compute else batch for m in chosen}
+                pending.append((made, count))
+            while len(pending) > (1 if count else 0):
+                made, ready = pending.pop(0)
+                for name, array in jax.device_get(made).items():
+                    for row in array[:ready]:
+                        shards[name][0](np.ascontiguousarray(row).tobytes())
+
+        for _ in units:
+            item, *read = next(stream)
+            if isinstance(read[0], UnreadableVideo):
+                named.append(None)
+                bad.append([names[item], read[0].why])
+                say(f"skipped: {read[0]}")
+            else:
+                label, versions = read
+                named.append([names[item], label, numbers[item]])
+                rows += list(versions)
+            while len(rows) >= at_once:
+                flush(at_once)
+            progress(1)
+        flush(len(rows))
+        flush(0)
+        for _, listing in shards.values():
+            listing.update(units=named, bad=bad)
+
+
+# ---- prompts
+
+
+def _captions(source: Source, found) -> tuple[list[str], list[int]]:
+    """The name of each item, and the number of its caption among the different ones; -1 where there is none."""
+    used = dict.fromkeys(w.item for split in SPLITS for w in found[split])
+    different: dict[str, int] = {}
+    for item in used:
+        if source.captions and source.captions[item]:
+            different.setdefault(source.captions[item], len(different))
+    said = source.captions or [""] * len(source.items)
+    return [item.name for item in source.items], [different.get(caption, -1) for caption in said]
+
+
+def _make_prompts(folder: Folder, run, source: Source, listed, config, options: Options, mesh, say) -> None:
+    """The shards of the captions' embeddings that are this process's, and the empty and the sampled prompts."""
+    encoder, dtype = run.frozen["text"], DTYPES[options.dtype] or run.task.dtype
+    at_once = PROMPTS_AT_ONCE * options.at_once * mesh.size
+    embed = jax.jit(lambda encoder, ids: encoder(ids).astype(run.task.dtype).astype(dtype))
+
+    def write_all(path: Path, ids: np.ndarray, said: Sequence[str], progress) -> None:
+        with precomputed.new_shard(path) as (write, listing):
+            for first in range(0, len(ids), at_once):
+                rows = ids[np.minimum(np.arange(first, first + at_once), len(ids) - 1)]
+                embedded = jax.device_get(embed(encoder, jax.device_put(rows, batch_sharding(mesh))))
+                for row in embedded[: len(ids) - first]:
+                    # Zeros at the end need no room. T5 has none: CogVideoX attends to its embeddings of the padding.
+                    used = np.flatnonzero(row.astype(np.float32).any(axis=-1))
+                    write(np.ascontiguousarray(row[: used[-1] + 1 if len(used) else 0]).tobytes())
+                progress(len(embedded[: len(ids) - first]))
+            listing["prompts"] = list(said)
+
+    first_items: dict[int, int] = {}
+    for item, number in enumerate(listed[1]):
+        first_items.setdefault(number, item)
+    first_items.pop(-1, None)
+    items = [first_items[k] for k in range(len(first_items))]
+    shape, bytes_each = (config.text.tokens, encoder.width), np.dtype(dtype).itemsize
+    per_shard = max(1, int(options.shard_mb * 2**20) // (shape[0] * shape[1] * bytes_each))
+    counts = {"captions": len(items)}
+    made = Series("prompts", contents.of_prompts(config), np.dtype(dtype).name, shape, counts, per_shard, about())
+    series = precomputed.claim_series(folder, made)
+    paths = [folder.path / name for name in series.shards("captions")]
+    todo = [k for k, path in enumerate(paths) if options.mine(k) and not precomputed.is_whole(path)]
+    say(f"{len(items):,} different captions")
+    with Progress("prompts", max(1, sum(len(series.units("captions", k)) for k in todo))) as progress:
+        for k in todo:
+            chosen = [items[number] for number in series.units("captions", k)]
+            write_all(paths[k], source.tokens[chosen].astype(np.int32), [source.captions[i] for i in chosen], progress)
+    there = precomputed.asked(folder)
+    wanted = list(dict.fromkeys(["", *config.sample.prompts, *there]))
+    if options.mine(0) and set(wanted) != set(there):
+        ids, _ = prompts.tokenize(config, wanted)
+        write_all(folder.path / precomputed.ASKED, ids, wanted, lambda count: None)
+
+
+# ---- the end, and the command line
+
+
+def _report(path: Path, options: Options, say) -> dict[str, int]:
+    """What the folder holds now; of several processes that know of each other, when all are done."""
+    while True:
+        folder = precomputed.open_folder(path)
+        files = [path / name for s in folder.series.values() for split in s.counts for name in s.shards(split)]
+        missing = sum(not precomputed.is_whole(file) for file in files)
+        if not missing or jax.process_count() == 1:
+            break
+        time.sleep(2)  # leaving early would end the others: jax.distributed is shut down together
+    bad = max(
+        sum(len(json.loads(Path(f"{f}.json").read_text())["bad"]) for f in _finished(folder, s))
+        for s in folder.series.values()
+        if s.name != "prompts"
+    )
+    clips = sum(folder.clips.windows[split] * folder.clips.versions(split) for split in SPLITS)
+    if bad:
+        say(f"{bad} windows could not be read and are skipped")
+    if missing:
+        say(f"{len(files) - missing} of {len(files)} shards are there; the others are other processes'")
+    else:
+        say(f"complete: {len(files)} shards; train with --config.data.source={path}")
+    return {"clips": clips, "bad": bad, "missing": missing}
+
+
+def _finished(folder: Folder, series: Series) -> list[Path]:
+    files = [folder.path / name for split in series.counts for name in series.shards(split)]
+    return [file for file in files if precomputed.is_whole(file)]
+
+
+def share(values: flags.FlagValues) -> tuple[int, int]:
+    """(k, n) of this process: by flags, else told by the launcher that started several."""
+    if values.coordinator is None and values.num_processes is not None:
+        if values.process_id is None:
+            raise ValueError(f"--num_processes={values.num_processes} needs --process_id")
+        return values.process_id, values.num_processes
+    if processes.join(values.coordinator, values.num_processes, values.process_id):
+        return jax.process_index(), jax.process_count()
+    return 0, 1
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FLAGS
+    if len(argv) > 1:
+        raise ValueError(f"{argv[1]!r}: not understood; options start with --, e.g. --config configs/tsa.py")
+    for name in ("config", "out"):
+        if values[name].value is None:
+            raise ValueError(f"--{name} is missing; write for example --config configs/tsa.py --out FOLDER")
+    limits = values.shard_range.split(":") if values.shard_range else None
+    if limits is not None and (len(limits) != 2 or not all(limit.isdigit() for limit in limits)):
+        raise ValueError(f"--shard_range={values.shard_range}: write A:B for the shards A … B-1")
+    fields = {field.name for field in dataclasses.fields(Options)} - {"share", "shard_range", "what"}
+    options = Options(
+        what=tuple(dict.fromkeys(values.what)),
+        share=share(values),
+        shard_range=limits and (int(limits[0]), int(limits[1])),
+        **{name: values[name].value for name in fields},
+    )
+    config = config_lib.resolve(values.config)
+    with processes.leaving_at_once():
+        precompute(config, values.out, options)
+    return 0
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file, with a scale after a colon.", lock_config=True)
+    flags.DEFINE_string("out", None, "The folder.")
+    flags.DEFINE_list("what", list(Options.what), f"Some of {', '.join(WHAT)}.")
+    flags.DEFINE_integer("variants", 1, "Clips a window, evenly spread over it.")
+    flags.DEFINE_integer("clips", 0, "Only so many windows, evenly spread over all; 0: all.")
+    flags.DEFINE_integer("held_out", Options.held_out, "Held-out clips.")
+    flags.DEFINE_string("dtype", "keep", "Of what is floating: keep (as it is computed), bf16, fp16 or fp32.")
+    flags.DEFINE_float("shard_mb", Options.shard_mb, "Size of a file, at most, unless one clip is larger.")
+    flags.DEFINE_integer("at_once", 1, "Clips on each device at a time.")
+    flags.DEFINE_integer("threads", 0, "That decode; 0: as many as cores.")
+    flags.DEFINE_string("shard_range", None, "A:B, only the shards of these numbers.")
+    flags.DEFINE_string("flow_network", Options.flow_network, "Of --what=flow: a RAFT or SEA-RAFT.")
+    flags.DEFINE_string("flow_weights", "", "Its file, or a folder that jaxalign.convert made.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; only where processes have to know of each other.")
+    flags.DEFINE_integer("num_processes", None, "How many processes share the work.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+    config_lib.run_verb(main)

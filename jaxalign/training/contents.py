@@ -1,0 +1,226 @@
+"""What decides the content of precomputed parts, as config fields: written beside them, compared before they are used.
+
+A part that was made with other fields is refused with each field that differs and both its values. Fields that change
+nothing of a content (how many frames go through a teacher at once) are left out.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from jaxalign import teachers
+from jaxalign.data import precomputed
+from jaxalign.data.clips import Source, fingerprint
+from jaxalign.data.precomputed import Clips, Folder, Series, differences
+from jaxalign.tasks.aligning import saliency_part, tokens_part
+from jaxalign.training import alignments, setup
+
+Fields = dict[str, Any]
+
+# Bounds of memory and ways to compute the same thing.
+_INDIFFERENT = ("frames_at_once", "pairs_at_once", "attention", "remat")
+VIDEOS = "videos"  # digest of their names, lengths, labels and captions
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
+
+
+# ---- fields
+
+
+def of_clips(config: ml_collections.ConfigDict, source: Source | None = None) -> Fields:
+    """What a clip looks like and, with a source, of which videos it is."""
+    names = ("num_frames", "height", "width", "stride", "short", "hflip")
+    fields = {f"data.{name}": config.data[name] for name in names}
+    return fields if source is None else fields | {VIDEOS: fingerprint(source)}
+
+
+def of_latents(config: ml_collections.ConfigDict) -> Fields:
+    """The codec, how it computes, and its weights."""
+    c = config.codec
+    fields = {"codec.name": c.name, "codec.precision": c.precision, "codec.tiling": c.tiling}
+    return fields | {"codec.weights": weights_identity(c.weights or None, "vae")}
+
+
+def of_prompts(config: ml_collections.ConfigDict) -> Fields:
+    """The text encoder, how it computes, and its weights."""
+    return {
+        "text.encoder": config.text.encoder,
+        "text.tokens": config.text.tokens,
+        "text.weights": weights_identity(setup.text_weights(config), "text_encoder"),
+        "precision": config.precision,
+    }
+
+
+def of_teacher(name: str, weights: str, module: Any, precision: str, section: str = "teacher") -> Fields:
+    """A teacher, all that it is set to, how it computes, and its weights."""
+    try:
+        identity = weights_identity(weights or teachers.find_file(name, None))
+    except FileNotFoundError:  # it was given no weights, and no package has them
+        identity = None
+    settings = {k: v for k, v in dataclasses.asdict(module.config).items() if k not in _INDIFFERENT}
+    fields = {f"{section}.name": name, "precision": precision, f"{section}.weights": identity}
+    return json.loads(json.dumps(fields | {f"{section}.{k}": v for k, v in settings.items()}))
+
+
+def of_teachers(config: ml_collections.ConfigDict, run: setup.Run) -> dict[str, Fields]:
+    """{key: fields} of the teachers that a run asks."""
+    asked = alignments.asked_teachers(config, run.student_grid)
+    return {key: of_teacher(name, weights, module, config.precision) for key, (name, weights, module) in asked.items()}
+
+
+def series_of_teacher(fields: Fields) -> str:
+    """The name of a teacher's series: one folder may hold its tokens at several settings."""
+    return f"teacher-{fields['teacher.name']}-{precomputed.digest(fields)[:8]}"
+
+
+def saliency_grids(run: setup.Run) -> list[tuple[int, int, int]]:
+    """The token grids on which a run wants to know where things move."""
+    return list(dict.fromkeys(a.grid for a in run.task.alignments if a.method == "m_tsa"))
+
+
+def series_of_saliency(grid: tuple[int, int, int]) -> str:
+    """The name of the series of the motion saliency on a grid."""
+    return saliency_part(grid).replace("/", "-")
+
+
+def weights_identity(path: str | Path | None, part: str = "") -> str | None:
+    """'N bytes, DIGEST' of a weights file, or of all files in a folder (in its `part`, if it has that); None for none.
+
+    The digest is over the sizes and 64 evenly spread MiB of each file: it tells networks apart in a moment, be they as
+    large as T5-XXL. Damage is the loaders' business.
+    """
+    if path is None or not Path(path).exists():
+        return None
+    path = Path(path)
+    if (path / part).is_dir():
+        path = path / part
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
+    stamps = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    return f"{sum(size for _, size, _ in stamps):,} bytes, {_digest(stamps)}"
+
+
+@functools.lru_cache(maxsize=32)
+def _digest(stamps: tuple[tuple[str, int, int], ...]) -> str:
+    found = hashlib.sha256()
+    for name, size, _ in stamps:
+        found.update(str(size).encode())
+        with open(name, "rb") as file:
+            for k in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * k // (_SAMPLES - 1))
+                found.update(file.read(_SAMPLE_BYTES))
+                if size <= _SAMPLE_BYTES:
+                    break
+    return found.hexdigest()[:16]
+
+
+# ---- what a run takes
+
+
+def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
+    """The clips of a precomputed folder with all that this run can take of it in place of computing it.
+
+    A teacher whose tokens are not there is asked while training, if the folder holds the videos. Weights of what is
+    not computed need not be here; where they are, they are compared. Raises ValueError, one line: for a content that
+    was made otherwise (each field that differs, with both values), for a part that is missing (what to add), for
+    prompts of config.sample that are not there.
+    """
+    folder = precomputed.open_folder(path)
+    _refuse(folder, _asked_of(folder.clips, config), of_clips(config), "clips")
+    run = setup.build(config, num_classes=len(folder.clips.classes), abstract=True)
+    video, parts, notes, needs_video = folder.series.get("video"), {}, [], False
+
+    if not hasattr(run.frozen["codec"], "moments"):
+        needs_video = True  # the latents are the pixels
+    elif latents := folder.series.get("latents"):
+        _refuse(folder, latents.fields, of_latents(config), "latents")
+        parts["moments"] = latents
+    else:
+        needs_video = True
+    if needs_video and video is None:
+        raise _missing(folder, "no latents", "latents")
+
+    for key, fields in of_teachers(config, run).items():
+        found, differ = _teacher(folder, fields)
+        if found is not None:
+            parts[tokens_part(key)] = found
+            if fields["teacher.weights"] is None:
+                notes.append(f"{key} is not loaded; its tokens are of weights of {found.fields['teacher.weights']}")
+        elif video is not None:
+            needs_video = True
+            notes.append(f"{key} is asked while training: the folder has no tokens of it" + (differ and f" ({differ})"))
+        elif differ:
+            raise ValueError(f"{folder.path}: its tokens of {key} are of other settings ({differ}); {_add('teachers')}")
+        else:
+            raise _missing(folder, f"no tokens of teacher {key}", "teachers")
+    for grid in saliency_grids(run):
+        if saliency := folder.series.get(series_of_saliency(grid)):
+            parts[saliency_part(grid)] = saliency
+        elif video is not None:
+            needs_video = True
+        else:
+            raise _missing(folder, f"no saliency on the grid {grid}", "teachers")
+    if needs_video:
+        parts["video"] = video
+
+    prompts = None
+    if run.task.text:
+        prompts = folder.series.get("prompts")
+        if prompts is None:
+            raise _missing(folder, "no prompts", "text")
+        _refuse(folder, prompts.fields, of_prompts(config), "prompts")
+        if config.data.captions:
+            notes.append(f"data.captions = {config.data.captions} is not read: prompts come from the folder")
+    source = precomputed.taken(folder, parts, prompts, notes)
+    for prompt in config.sample.prompts if prompts else ():
+        try:
+            source.embedded(prompt)
+        except KeyError:
+            raise ValueError(
+                f"config.sample.prompts: {prompt[:60]!r} is not among the prompts in {folder.path}; {_add('text')} "
+                "and the same config.sample.prompts"
+            ) from None
+    return source
+
+
+def _asked_of(clips: Clips, config) -> Fields:
+    """The clips' fields that a run asks: which videos they are of is the folder's; mirror images need not be used."""
+    asked = {name: value for name, value in clips.fields.items() if name != VIDEOS}
+    return asked | {"data.hflip": asked["data.hflip"] and config.data.hflip}
+
+
+def _teacher(folder: Folder, fields: Fields) -> tuple[Series | None, str]:
+    """The series of a teacher's tokens, or how the nearest one of that name differs ('' if there is none)."""
+    nearest = ""
+    for series in folder.series.values():
+        if series.fields.get("teacher.name") == fields["teacher.name"]:
+            differ = differences(series.fields, _known(series.fields, fields))
+            if not differ:
+                return series, ""
+            nearest = min(nearest or differ, differ, key=len)
+    return None, nearest
+
+
+def _known(there: Mapping, here: Mapping) -> Fields:
+    """The fields of here; weights that are not here are taken to be those there."""
+    return {k: there.get(k) if k.endswith(".weights") and v is None else v for k, v in here.items()}
+
+
+def _refuse(folder: Folder, there: Mapping, here: Mapping, what: str) -> None:
+    if differ := differences(there, _known(there, here)):
+        raise ValueError(
+            f"data.source={str(folder.path)!r}: its {what} were made with other settings ({differ}); change the "
+            "config, or precompute into another folder"
+        )
+
+
+def _missing(folder: Folder, what: str, part: str) -> ValueError:
+    return ValueError(f"data.source={str(folder.path)!r} has {what}; {_add(part)}")
+
+
+def _add(part: str) -> str:
+    return f"add what is missing: the precompute command of this folder with this config and --what={part}"
