@@ -4,19 +4,22 @@
     python -m jaxalign.convert dinov2_b --weights FILE --out FOLDER       upstream's file -> sharded arrays (Orbax)
     python -m jaxalign.convert dinov2_b --weights FOLDER --out DIR --to torch     -> DIR/dinov2_b.safetensors
     python -m jaxalign.convert --workdir runs/... --out DIR --to torch    a run's student -> DIR/vdit.safetensors
+    python -m jaxalign.convert --workdir runs/... --out DIR --to diffusers    -> a folder for CogVideoXPipeline
+    python -m jaxalign.convert --workdir runs/... --out DIR --to lora     -> DIR/pytorch_lora_weights.safetensors
 
 FILE is a .pth, .pt, .bin, .safetensors or .safetensors.index.json of upstream. What goes in as FILE comes out with
-`--to torch` bit for bit, under upstream's names (BatchNorm's step counts, which nothing reads, as zeros). The converted
-folder is given where a file is: `teachers.load(name, FOLDER)`, `--config.teacher.weights=FOLDER`. Torch is needed for
-nothing of this. The model is in memory once, and beyond it about one layer; outputs get their names when whole.
+`--to torch` bit for bit, under upstream's names. The converted folder, which is read only while its digests are right,
+is given where a file is: `teachers.load(name, FOLDER)`, `--config.teacher.weights=FOLDER`. Torch is needed for nothing
+of this. The model is in memory once, and beyond it about one layer; outputs get their names when whole.
 """
 
+import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +28,14 @@ from absl import flags
 from tqdm import tqdm
 
 from jaxalign import teachers
-from jaxalign.interop import converted, manifests, mapping, safetensors_file
+from jaxalign.data.sources import open_source
+from jaxalign.interop import converted, diffusers_folder, lora_file, manifests, mapping, safetensors_file
 from jaxalign.interop.dtypes import is_floating
-from jaxalign.models import MODELS
+from jaxalign.models import cogvideox_folder, lora
 from jaxalign.training import config as config_lib
-from jaxalign.training import restore, setup, trained
+from jaxalign.training import init_from, restore, setup, trained
 
-DTYPES = {"keep": "keep", "fp32": jnp.float32, "bf16": jnp.bfloat16}
+DTYPES = {"keep": "keep", "fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 
 def to_orbax(name: str, weights: str | Path | None, out: str | Path, *, dtype: str = "keep") -> Path:
@@ -41,10 +45,10 @@ def to_orbax(name: str, weights: str | Path | None, out: str | Path, *, dtype: s
     and `converted.write`.
     """
     folder = converted.check_free(out)
-    module, layout, settings = _teacher(name, weights, dtype)
+    module, layout, settings, kept = _teacher(name, weights, dtype)
     source = Path(weights).name if weights else teachers.files(name)[0].name
     print(f"writing {folder}", flush=True)
-    return converted.write(folder, module, name=name, source=source, layout=layout, settings=settings)
+    return converted.write(folder, module, kept=kept, name=name, source=source, layout=layout, settings=settings)
 
 
 def to_torch(name: str, weights: str | Path | None, out: str | Path, *, dtype: str = "keep") -> Path:
@@ -56,34 +60,128 @@ def to_torch(name: str, weights: str | Path | None, out: str | Path, *, dtype: s
     if weights is not None and converted.is_converted(weights):
         note = converted.note(weights)
         module = converted.read_lazily(weights, teachers.abstract(name, **note["settings"]), name=name)
-        layout = note["layout"]
+        layout, kept = note["layout"], converted.kept(weights)
     else:
-        module, layout, _ = _teacher(name, weights, dtype)
-    return _write_torch(target, module, teachers.TEACHERS[name].layouts[layout], {"network": name}, dtype)
+        module, layout, _, kept = _teacher(name, weights, dtype)
+    return _write_torch(target, module, teachers.TEACHERS[name].layouts[layout], {"network": name}, dtype, kept)
 
 
 def student_to_torch(path: str | Path, out: str | Path, *, weights: str = "ema", dtype: str = "keep") -> Path:
     """The student of a run as OUT/MODEL.safetensors in its upstream's names (vdit: Latte's); returns the file.
 
     `path` is a workdir (its newest whole checkpoint) or the folder of one checkpoint; `weights` is 'ema', the averaged
-    student, or 'raw', the last one. Heads of an alignment are no part of the student. Raises FileNotFoundError without
-    a whole checkpoint.
+    student, or 'raw', the last one. Heads of an alignment are no part of the student; adapters are merged into their
+    base. Raises FileNotFoundError without a whole checkpoint.
     """
+    saved = _open_saved(path, weights)
+    target = _free_file(Path(out) / f"{saved.config.model.name}.safetensors")
+    return _write_torch(target, _whole(saved, dtype), saved.rules, saved.notes, dtype)
+
+
+def student_to_lora(path: str | Path, out: str | Path, *, weights: str = "ema", dtype: str = "keep") -> Path:
+    """The adapters of a LoRA run as OUT/pytorch_lora_weights.safetensors, which diffusers' `load_lora_weights` takes.
+
+    Raises as `student_to_torch`; ValueError for a run that trained its whole student.
+    """
+    saved = _open_saved(path, weights)
+    if saved.run.task.lora is None:
+        raise ValueError(f"{path}: that run trained the whole student (lora.rank = 0); write --to torch or diffusers")
+    target = _free_file(Path(out) / lora_file.NAME)
+    settings = dict(rank=saved.run.task.lora.rank, alpha=saved.run.task.lora.alpha)
+    cast = None if dtype == "keep" else DTYPES[dtype]
+    return lora_file.write(target, saved.trained, saved.rules, **settings, dtype=cast)
+
+
+def student_to_diffusers(
+    path: str | Path,
+    out: str | Path,
+    *,
+    weights: str = "ema",
+    dtype: str = "keep",
+    published: str | Path | None = None,
+    link: bool = False,
+    shard: int = diffusers_folder.SHARD,
+) -> Path:
+    """The published folder with the student of a run as its transformer, for `CogVideoXPipeline.from_pretrained`.
+
+    published: where the other parts come from; None: the folder that the run's init_from.path or codec.weights names.
+    `link`: symbolic links to them. `shard`: bytes of a weights file. Raises as `student_to_torch`, ValueError for a
+    student that diffusers has no folder for, FileNotFoundError without a whole published one.
+    """
+    saved = _open_saved(path, weights)
+    name = saved.config.model.name
+    if name != "cogvideox":
+        raise ValueError(f"diffusers has no folder for {name}; write --to torch, which has its upstream's names")
+    converted.check_free(out)
+    folder = _published(saved.config, published)
+    about = folder / "transformer" / "config.json"
+    upstream = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None
+    config = cogvideox_folder.upstream_from(saved.run.model_config, upstream)
+    module = _whole(saved, dtype)
+    cast = None if dtype == "keep" else DTYPES[dtype]
+    shapes = mapping.upstream_shapes(module, saved.rules, dtype=cast)
+    with Progress(f"writing {out}", sum(int(np.prod(spec.shape)) for spec in shapes.values())) as progress:
+        arrays = _counted(mapping.upstream_arrays(module, saved.rules, dtype=cast), progress)
+        options = dict(link=link, shard=shard)
+        return diffusers_folder.write(out, folder, "transformer", config, shapes, arrays, **options)
+
+
+class _Saved(NamedTuple):
+    """One checkpoint of a run: what was trained of its student, as it was saved."""
+
+    config: Any
+    run: setup.Run
+    trained: Any  # the student, or its adapters
+    rules: Sequence
+    notes: dict[str, str]
+
+
+def _open_saved(path: str | Path, weights: str) -> _Saved:
     if weights not in ("ema", "raw"):
         raise ValueError(f"--weights {weights}: for a run write ema (the averaged student) or raw (the last one)")
     workdir = next((p for p in (Path(path), *Path(path).absolute().parents[:2]) if (p / "config.json").is_file()), path)
     config = trained.read_config(workdir)
-    target = _free_file(Path(out) / f"{config.model.name}.safetensors")
     folder = restore.find_checkpoint(path)
     source = "ema" if weights == "ema" else "trainable.model"
     config.align.update(method="none", weight=0.0)  # no teacher is needed to write the student
-    run = setup.build(config_lib.resolve(config), num_classes=_num_classes(folder, source))
+    config = config_lib.resolve(config)
+    classes = _num_classes(folder, source)
+    if config.get("lora", {}).get("rank") and config.model.num_classes == -1:  # the table is the base's
+        classes = len(open_source(config.data.source).classes)
+    run = setup.build(config, num_classes=classes, abstract=True)
+    metadata = restore.read_metadata(folder)
+    if run.task.lora is not None:
+        init_from.check_base(metadata["extra"].get("base"), init_from.fingerprint(config, run), str(path))
     abstract = jax.eval_shape(run.init, jax.random.key(0))["model"]
     module, _ = restore.load_params(folder, abstract, source=source)
-    rules = MODELS[config.model.name].weight_rules(run.model_config)
-    step = restore.read_metadata(folder)["step"]
-    notes = {"network": config.model.name, "weights": weights, "step": str(step)}
-    return _write_torch(target, module, rules, notes, dtype)
+    notes = {"network": config.model.name, "weights": weights, "step": str(metadata["step"])}
+    return _Saved(config, run, module, run.student.weight_rules(run.model_config), notes)
+
+
+def _whole(saved: _Saved, dtype: str) -> Any:
+    """The student: as it was trained, or its adapters merged into their base, read in the dtype that is wanted."""
+    run = saved.run
+    if run.task.lora is None:
+        return saved.trained
+    cast = None if dtype == "keep" else DTYPES[dtype]
+    base = init_from.base(saved.config, run.student, run.model_config, dtype=cast)
+    return lora.merge(base, saved.trained, run.task.lora.scale)
+
+
+def _published(config: Any, given: str | Path | None) -> Path:
+    """The whole published folder that a run names, or that was given; raises as `diffusers_folder.check`."""
+    start = config.get("init_from", {}).get("path")
+    candidates = [given] if given else [start, start and Path(start).parent, config.codec.weights]
+    problems = []
+    for candidate in filter(None, candidates):
+        try:
+            return diffusers_folder.check(candidate, "transformer", cogvideox_folder.CLASS)
+        except (ValueError, OSError) as error:
+            problems.append(error)
+    if given:
+        raise problems[0]
+    first = str(problems[0]) if problems else "the run names no published folder, and the other parts are its"
+    raise FileNotFoundError(f"{first}; or write --published FOLDER")
 
 
 def _num_classes(folder: Path, source: str) -> int:
@@ -93,11 +191,12 @@ def _num_classes(folder: Path, source: str) -> int:
     return rows - 1
 
 
-def _teacher(name: str, weights: str | Path | None, dtype: str) -> tuple[Any, str, dict[str, Any]]:
-    """(module, layout, settings) of a file or a converted folder, read with a progress bar."""
+def _teacher(name: str, weights: str | Path | None, dtype: str) -> tuple[Any, str, dict[str, Any], mapping.Arrays]:
+    """(module, layout, settings, what no leaf takes) of a file or a converted folder, read with a progress bar."""
     if weights is not None and converted.is_converted(weights):
         note = converted.note(weights)
-        return teachers.load(name, weights, dtype=DTYPES[dtype]), note["layout"], note["settings"]
+        module = teachers.load(name, weights, dtype=DTYPES[dtype])
+        return module, note["layout"], note["settings"], converted.kept(weights)
     teachers.abstract(name)  # an unknown name is the first thing to tell
     path = teachers.find_file(name, weights)
     settings = next((dict(file.settings) for file in teachers.files(name) if file.name == path.name), {})
@@ -108,7 +207,7 @@ def _teacher(name: str, weights: str | Path | None, dtype: str) -> tuple[Any, st
     if found.left_out:
         some = ", ".join(found.left_out[:3]) + (", ..." if len(found.left_out) > 3 else "")
         print(f"left out, no part of the teacher: {len(found.left_out)} keys ({some})")
-    return found.module, found.layout, settings
+    return found.module, found.layout, settings, found.kept
 
 
 def _free_file(path: Path) -> Path:
@@ -118,15 +217,22 @@ def _free_file(path: Path) -> Path:
     return path
 
 
-def _write_torch(target: Path, module: Any, rules: Sequence, notes: Mapping[str, str], dtype: str) -> Path:
+def _write_torch(
+    target: Path,
+    module: Any,
+    rules: Sequence,
+    notes: Mapping[str, str],
+    dtype: str,
+    kept: mapping.Arrays | None = None,
+) -> Path:
     floating = {np.dtype(leaf.dtype) for leaf in jax.tree.leaves(module) if is_floating(leaf.dtype)}
     # Tables that the file has and the module computes go out in the weights' own dtype, as they came in.
     own = floating.pop() if len(floating) == 1 else None
     cast = own if dtype == "keep" else DTYPES[dtype]
-    shapes = mapping.upstream_shapes(module, rules, dtype=cast)
+    shapes = mapping.upstream_shapes(module, rules, dtype=cast, kept=kept)
     total = sum(int(np.prod(spec.shape)) for spec in shapes.values())
     with Progress(f"writing {target}", total) as progress:
-        arrays = _counted(mapping.upstream_arrays(module, rules, dtype=cast), progress)
+        arrays = _counted(mapping.upstream_arrays(module, rules, dtype=cast, kept=kept), progress)
         safetensors_file.write_stream(target, shapes, arrays, notes=notes)
     return target
 
@@ -193,7 +299,17 @@ def _define_flags():
     )
     flags.DEFINE_string("workdir", None, "A run (or one checkpoint of it) whose student is converted.")
     flags.DEFINE_string("out", None, "The folder to write.")
-    flags.DEFINE_enum("to", "orbax", ["orbax", "torch"], "orbax: a folder of sharded arrays; torch: safetensors.")
+    flags.DEFINE_enum(
+        "to",
+        "orbax",
+        ["orbax", "torch", "diffusers", "lora"],
+        "orbax: a folder of sharded arrays; torch: safetensors. Of a run also diffusers: a whole folder with its "
+        "student, and lora: its adapters as load_lora_weights takes them.",
+    )
+    flags.DEFINE_string(
+        "published", None, "--to diffusers: where the other parts come from; default: the folder that the run names."
+    )
+    flags.DEFINE_bool("link", False, "--to diffusers: symbolic links to the other parts in place of copies.")
     flags.DEFINE_enum("dtype", "keep", list(DTYPES), "Of the floating numbers; keep: what the file has.")
 
 
@@ -209,9 +325,15 @@ def main(argv: list[str]) -> None:
         raise ValueError("write one network's NAME (--list shows them), or --workdir RUN and no name")
     start = time.monotonic()
     if FLAGS.workdir is not None:
-        if FLAGS.to != "torch":
-            raise ValueError("a run's checkpoint is Orbax already; write --to torch")
-        written = student_to_torch(FLAGS.workdir, FLAGS.out, weights=FLAGS.weights or "ema", dtype=FLAGS.dtype)
+        options = dict(weights=FLAGS.weights or "ema", dtype=FLAGS.dtype)
+        if FLAGS.to == "orbax":
+            raise ValueError("a run's checkpoint is Orbax already; write --to torch, --to diffusers or --to lora")
+        if FLAGS.to == "diffusers":
+            options |= dict(published=FLAGS.published, link=FLAGS.link)
+        of_run = {"torch": student_to_torch, "diffusers": student_to_diffusers, "lora": student_to_lora}
+        written = of_run[FLAGS.to](FLAGS.workdir, FLAGS.out, **options)
+    elif FLAGS.to not in ("orbax", "torch"):
+        raise ValueError(f"--to {FLAGS.to} is of a run: write --workdir RUN and no name, or --to orbax or torch")
     else:
         convert = to_torch if FLAGS.to == "torch" else to_orbax
         written = convert(names[0], FLAGS.weights, FLAGS.out, dtype=FLAGS.dtype)

@@ -1,5 +1,6 @@
 """The verb convert: upstream's files in and out, bit for bit; a run's student out; whole outputs or none."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import base
 from jaxalign import convert, teachers
 from jaxalign.interop import converted, manifests, mapping, safetensors_file, weights
+from jaxalign.interop.rules import BATCH_NORM_COUNTS, Tied
+from jaxalign.teachers.efficientnet import BatchNorm
 from jaxalign.training import config as config_lib
 from jaxalign.training import setup
 from jaxalign.training.checkpoint import Checkpoints
@@ -24,6 +28,9 @@ SIZES = {
     "dinov2_s": dict(width=32, depth=2, num_heads=2, position_grid=4, size=28),
     "dinov2_s_reg": dict(width=32, depth=2, num_heads=2, position_grid=4, size=28),
     "videomaev2_b": dict(width=32, depth=2, num_heads=2, hidden=64, image_size=32, frames=4, size=32),
+    "raft_large": {},
+    "sea_raft_s": {},
+    "efficientnet_lite0": {},
 }
 
 
@@ -34,14 +41,21 @@ def tiny(monkeypatch):
     for name, sizes in SIZES.items():
         settings = dict(few[name].settings) | sizes
         few[name] = teachers.Entry(few[name].module, few[name].config, few[name].layouts, settings)
+    twice = (BATCH_NORM_COUNTS, Tied("twin.num_batches_tracked", "bn.num_batches_tracked"))
+    few["one_norm"] = teachers.Entry(OneNorm, NoSettings, {"": twice}, {})
     monkeypatch.setattr(teachers, "TEACHERS", few)
 
 
 def upstream_file(path, name, layout="", *, dtype=torch.float32, key=None, legacy=False, **settings):
     """A file such as upstream publishes, with random numbers; returns its tensors."""
     torch.manual_seed(0)
-    shapes = mapping.upstream_shapes(teachers.abstract(name, **settings), teachers.TEACHERS[name].layouts[layout])
-    tensors = {name: torch.randn(spec.shape).to(dtype) for name, spec in shapes.items()}
+    rules = teachers.TEACHERS[name].layouts[layout]
+    shapes = mapping.upstream_shapes(teachers.abstract(name, **settings), rules)
+    tensors = {
+        name: torch.randn(spec.shape).to(dtype) if spec.dtype != np.int64 else torch.randint(2**40, spec.shape)
+        for name, spec in shapes.items()
+    }
+    tensors |= {rule.name: tensors[rule.source] for rule in rules if isinstance(rule, Tied)}
     torch.save({key: tensors} if key else tensors, path, _use_new_zipfile_serialization=not legacy)
     return tensors
 
@@ -53,7 +67,7 @@ def same_file(path, tensors):
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
-        assert found[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes(), name
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
 # ---- teachers ------------------------------------------------------------------------------------------------------
@@ -70,6 +84,48 @@ def test_file_to_folder_to_torch_is_bit_exact(tmp_path, dtype, legacy):
     again = teachers.load("dinov2_s_reg", tmp_path / "out" / "dinov2_s_reg.safetensors")
     first = teachers.load("dinov2_s_reg", folder)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True))
+
+
+class OneNorm(nnx.Module):
+    """The smallest network whose file has keys that no leaf takes."""
+
+    def __init__(self, config, *, rngs):
+        self.bn = BatchNorm(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSettings:
+    """Its config."""
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "counts"),
+    [
+        ("one_norm", "", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # hundreds of leaves, a file access each
+            for case in (
+                ("raft_large", "torchvision", 15),
+                ("raft_large", "original", 17),
+                ("sea_raft_s", "", 34),
+                ("efficientnet_lite0", "", 49),
+            )
+        ),
+    ],
+)
+def test_batch_norms_counts_come_out_as_they_went_in(tmp_path, name, layout, counts):
+    """No leaf holds them (JAX has no int64 by default), and these are above 2^31."""
+    tensors = upstream_file(tmp_path / "w.pth", name, layout)
+    there = [value.item() for key, value in tensors.items() if key.endswith("num_batches_tracked")]
+    assert len(there) == counts and min(there) > 2**31
+    folder = convert.to_orbax(name, tmp_path / "w.pth", tmp_path / "orbax")
+    exported = convert.to_torch(name, folder, tmp_path / "out")
+    same_file(exported, tensors)
+    same_file(convert.to_torch(name, tmp_path / "w.pth", tmp_path / "direct"), tensors)
+    # another number format leaves them alone, and what came out goes in again
+    half = convert.to_orbax(name, exported, tmp_path / "half", dtype="bf16")
+    wanted = {key: value.bfloat16() if value.is_floating_point() else value for key, value in tensors.items()}
+    same_file(convert.to_torch(name, half, tmp_path / "halved"), wanted)
 
 
 def test_dtype_is_chosen(tmp_path):

@@ -7,11 +7,15 @@ jax.nn.dot_product_attention:
   8 tokens, batch 1024 (the demo's pixels in time)    `plain` 1.08, `head` 1.25, sums of elementwise products 10
 A whole step of the demo takes 0.90 of the time with `plain` on its frames, 0.93 with `head`.
 
-At CogVideoX's size, 17,776 tokens and 30 heads of 64 in bf16, the gradient needs, as compiled for a CPU, 6.3 GB with
+At CogVideoX's size, 17,776 tokens and 30 heads of 64 in bf16, the gradient needs, as compiled for a CPU, 3.5 GB with
 `head` and 114 GB with `xla`: where there is no flash kernel, long sequences go head by head on every backend.
+
+A sequence that is cut over the mesh axis `context` gathers keys and values, of one head at a time with `head`. Passing
+them around a ring instead saves no memory worth having: it is the scores that need it (benchmarks/attention.py).
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
@@ -25,6 +29,8 @@ _SHORT = 64
 _LONG = 1000
 # From this many on, the scores of all heads at once (8 GB in fp32 for 30 heads) are more than a device should give.
 _HUGE = 8192
+# And so many scores (0.5 GB in fp32) are more than it should give at once, of a single head too.
+_SCORES = 2**27
 
 
 def attention(
@@ -92,10 +98,31 @@ def _plain(q: Array, k: Array, v: Array) -> Array:
 
 
 def _head(q: Array, k: Array, v: Array) -> Array:
-    """One head after the other, and again for the gradient: one head's scores are held at a time."""
+    """One head after the other, and again for the gradient: one head's scores are held at a time, or a part of them."""
     heads = tuple(x.transpose(2, 0, 1, 3) for x in (q, k, v))
-    mixed = jax.lax.map(jax.checkpoint(lambda qkv: _core(*qkv), prevent_cse=False), heads)
+    one = functools.partial(_in_parts, _num_parts(q.shape[1], k.shape[1]))
+    mixed = jax.lax.map(jax.checkpoint(lambda qkv: one(*qkv), prevent_cse=False), heads)
     return mixed.transpose(1, 2, 0, 3)
+
+
+def _num_parts(n: int, m: int) -> int:
+    """How many parts n queries against m keys are taken in; each part still divides by 8 devices."""
+    parts = 1
+    while n * m > parts * _SCORES and n % (16 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def _in_parts(parts: int, q: Array, k: Array, v: Array) -> Array:
+    """`_core` on some of the queries at a time. A part is every parts-th query, which every device has some of."""
+    if parts == 1:
+        return _core(q, k, v)
+    b, n, d = q.shape
+    # The gradients of keys and values are summed over the parts, in the dtype that they have outside of the loop.
+    keys, values = k.astype(jnp.float32), v.astype(jnp.float32)
+    one = jax.checkpoint(lambda part: _core(part, keys.astype(k.dtype), values.astype(v.dtype)), prevent_cse=False)
+    mixed = jax.lax.map(one, q.reshape(b, n // parts, parts, d).transpose(2, 0, 1, 3))
+    return mixed.transpose(1, 2, 0, 3).reshape(b, n, v.shape[-1])
 
 
 def _pallas(q: Array, k: Array, v: Array) -> Array:

@@ -32,7 +32,7 @@ PRESETS = {
     "5b_i2v": _5B | dict(image_channels=16, positions="rotary+learned"),
     "1.5_5b": _5B | dict(patch_size_t=2),
     "1.5_5b_i2v": _5B | dict(patch_size_t=2, image_channels=16, ofs_width=512),
-    "demo": dict(width=128, depth=4, num_heads=4, time_width=64, text_width=32, text_tokens=16),
+    "demo": dict(width=128, depth=8, num_heads=4, time_width=64, text_width=32, text_tokens=32),
 }
 
 POSITIONS = ("sincos", "rotary", "rotary+learned")

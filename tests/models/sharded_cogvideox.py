@@ -24,7 +24,7 @@ CONFIG = cogvideox.CogVideoXConfig(
     depth=3,
     num_heads=2,
     in_channels=4,
-    text_tokens=8,
+    text_tokens=7,  # 263 tokens in all: an odd number, which context=2 has to cut unevenly
     text_width=16,
     time_width=16,
     positions="rotary",
@@ -58,7 +58,7 @@ def draw(shape, seed):
 abstract = jax.eval_shape(lambda: cogvideox.CogVideoX(CONFIG, rngs=nnx.Rngs(0)))
 leaves, structure = jax.tree.flatten(abstract)
 model = jax.tree.unflatten(structure, [draw(leaf.shape, seed) for seed, leaf in enumerate(leaves)])
-data = (draw((4, 4, 16, 16, 4), 100), jnp.array([3.0, 400.0, 700.0, 999.0]), draw((4, 8, 16), 101))
+data = (draw((4, 4, 16, 16, 4), 100), jnp.array([3.0, 400.0, 700.0, 999.0]), draw((4, 7, 16), 101))
 (loss, grads), memory_one = measure((model, *data))
 assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxalign.models import attention as attention_lib
 from jaxalign.models.attention import IMPLEMENTATIONS, attention, choose
 
 
@@ -133,3 +134,24 @@ def test_a_real_clip_fits_head_by_head():
 def test_unknown_name_is_refused():
     with pytest.raises(ValueError, match="'flash' is not known; write one of"):
         attention(*(jnp.zeros((1, 4, 1, 8)),) * 3, implementation="flash")
+
+
+def test_a_head_in_parts_is_the_whole_head():
+    q, k, v, probe = (x[:, :, 0] for x in draw(64, 40))
+
+    @jax.jit
+    def run(*qkv):
+        ways = attention_lib._core, functools.partial(attention_lib._in_parts, 4)
+        return [(out, *backward(probe)) for out, backward in (jax.vjp(way, *qkv) for way in ways)]
+
+    for wanted, found in zip(*run(q, k, v), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    half = jax.eval_shape(functools.partial(attention_lib._in_parts, 4), *(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert half.dtype == jnp.bfloat16 and half.shape == q.shape
+
+
+def test_long_heads_come_in_parts_that_devices_can_share():
+    assert attention_lib._num_parts(4096, 4096) == 1
+    assert attention_lib._num_parts(17_776, 17_776) == 2  # 4 would leave no whole number for each of 8 devices
+    assert attention_lib._num_parts(17_775, 17_775) == 1
+    assert attention_lib._num_parts(131_072, 131_072) == 128
