@@ -15,7 +15,7 @@ class Flops(NamedTuple):
 
     @property
     def model(self) -> int:
-        """What the mathematics needs, whatever memory was saved: what MFU counts (Chowdhery et al. 2022, appendix B)."""
+        """What the mathematics needs, whatever is saved in memory: the flops of MFU (Chowdhery et al. 2022, app. B)."""
         return self.total - self.recomputed
 
     def __add__(self, other: "Flops") -> "Flops":
