@@ -26,11 +26,74 @@ _LATENTS_256 = dict(
     sample_every=10_000,
     eval_every=10_000,
 )
+# cogvideox_2b, cogvideox_5b: the paper runs of VideoREPA and TSA (methods §2, §3): the published CogVideoX, fine-tuned
+# on OpenVid. They want its folder (--config.init_from.path=FOLDER --config.codec.weights=FOLDER; text.weights is that
+# one too), videos with a CSV of captions (--config.data.captions=FILE), and 8 GPUs of 80 GB or a TPU pod.
+_COGVIDEOX = dict(
+    precision="bf16",
+    remat=True,
+    batch_size=32,
+    objective="v",
+    # The papers keep no average; 0 makes it the weights themselves.
+    ema_decay=0.0,
+    text=dict(encoder="t5_xxl", tokens=226),
+    data=dict(
+        source="",
+        num_frames=49,
+        height=480,
+        width=720,
+        stride=0,
+        short="pad",
+        hflip=False,  # captions say left and right
+        workers=8,
+    ),
+    # What ran in VideoREPA's code: betas, warmup and decay of its DeepSpeed file (methods §2); warmup is linear here.
+    optimizer=dict(schedule="linear", warmup_steps=100, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, grad_clip=1.0),
+    align=dict(depth=17),  # the papers' layer 18
+    sample=dict(sampler="dpm", steps=50, guidance_scale=6.0, count=4, fps=8),
+    mesh=dict(data=1, fsdp=-1),
+    checkpoint=dict(every=500),
+    sample_every=1_000,
+    eval_every=500,
+)
 SCALES = {
     "demo": {},
+    "cogvideox_2b": {
+        **_COGVIDEOX,
+        "steps": 4_000,
+        "snr_shift": 3.0,
+        "model": dict(name="cogvideox", preset="2b", patch_size=2),
+        "codec": dict(name="cogvideox_2b", precision="bf16", tiling=True),
+        "optimizer": _COGVIDEOX["optimizer"] | dict(learning_rate=2e-6),
+    },
+    "cogvideox_5b": {
+        **_COGVIDEOX,
+        "steps": 2_000,
+        "snr_shift": 1.0,
+        "model": dict(name="cogvideox", preset="5b", patch_size=2),
+        "codec": dict(name="cogvideox_5b", precision="bf16", tiling=True),
+        "optimizer": _COGVIDEOX["optimizer"] | dict(learning_rate=1e-4),
+        "lora": dict(rank=128, alpha=64),
+    },
     "vdit_l": {**_LATENTS_256, "steps": 1_000_000, "model": dict(preset="L", patch_size=2)},
     "vdit_xl": {**_LATENTS_256, "steps": 200_000, "batch_size": 16, "model": dict(preset="XL", patch_size=2)},
 }
+# Where CogVideoX's tokens (13 x 30 x 45) meet VideoMAE V2's (24 x 10 x 15), methods §2: the first frame, which the
+# causal VAE encodes alone, is left out, time is doubled, a convolution takes 3 x 3 tokens to one.
+_VIDEOMAE = dict(name="videomaev2_b", size=(160, 240), drop_first=True)
+_TO_VIDEOMAE = dict(hidden=2048, drop_first=True, time_scale=2)
+
+
+def is_cogvideox(scale: str) -> bool:
+    """Whether a scale is one of CogVideoX's, where methods have the papers' teachers and projectors."""
+    return scale.startswith("cogvideox_")
+
+
+def towards_videomae(scale: str, conv: str, **align) -> dict:
+    """The sections `align` and `teacher` of a method; at CogVideoX's scales with VideoMAE V2 and a `conv` projector."""
+    if not is_cogvideox(scale):
+        return dict(align=align)
+    return dict(align=align | dict(projector=_TO_VIDEOMAE | dict(conv=conv)), teacher=_VIDEOMAE)
 
 
 def get_config(scale: str = "demo", **method) -> ml_collections.ConfigDict:
@@ -63,12 +126,33 @@ def _defaults() -> dict:
             num_classes=0,  # 0: unconditional; -1: as many as the source has
             class_dropout=0.1,
         ),
+        # Where the student's weights come from at step 0 (training/init_from.py); with LoRA, the frozen base.
+        init_from=dict(
+            path="",  # diffusers folder, weights file, workdir or checkpoint, convert's folder; empty: fresh
+            pattern="",  # regex of the leaves that are taken; empty: all, and nothing may be left over
+            source="ema",  # ema | raw: which student of a run
+        ),
+        lora=dict(
+            rank=0,  # 0: the whole student is trained
+            alpha=64.0,  # the adapters count alpha / rank
+            sites="",  # regex of the Linears that get one, by dotted path; empty: q, k, v and out of the attention
+            weights="",  # adapters to start from: a file or folder of peft or diffusers; empty: fresh
+        ),
         objective="flow",  # flow | ddpm | v
         learn_sigma=True,  # ddpm only: the learned-range variance of Latte; a flow has no variance to learn
         snr_shift=1.0,  # v only: CogVideoX-2B has 3, 5B 1; zero terminal SNR always
         codec=dict(
-            name="pixels", weights=""
-        ),  # pixels | sd_kl | cogvideox_2b | cogvideox_5b; weights: upstream's folder
+            name="pixels",  # pixels | sd_kl | cogvideox_2b | cogvideox_5b
+            weights="",  # upstream's folder
+            precision="fp32",  # of its weights: bf16 halves the memory, as CogVideoX's trainers do
+            tiling=False,  # cogvideox: frames go through in tiles, which bounds the memory
+        ),
+        text=dict(  # read only where the student is told by text (cogvideox)
+            encoder="hash",  # hash: words as random vectors, needs no weights and knows no language | t5_xxl
+            weights="",  # upstream's folder with tokenizer/ and text_encoder/; empty: codec.weights
+            tokens=32,  # a longer prompt is cut; t5_xxl: 226
+            dropout=0.0,  # how often a prompt is replaced by the empty one, which guidance asks
+        ),
         teacher=dict(
             name="efficientnet_lite0",
             weights="",  # upstream's file or a converted folder; empty: the file of the installed demo package
@@ -122,7 +206,11 @@ def _defaults() -> dict:
             num_frames=8,
             height=64,
             width=64,
-            stride=2,  # frames between two frames of a clip
+            stride=2,  # frames between two frames of a clip; 0: a clip spans its video, len // num_frames
+            short="skip",  # of a video with fewer than num_frames frames: skip | pad (its last frame is repeated)
+            captions="",  # CSV of a text student; empty: captions.csv in the source's folder, or what the source has
+            video_column="video",
+            caption_column="caption",
             hflip=True,
             workers=0,
         ),
@@ -140,8 +228,17 @@ def _defaults() -> dict:
         ),
         ema_decay=0.999,
         on_nonfinite="stop",  # stop | skip
-        sample=dict(sampler="", steps=25, guidance_scale=1.0, count=4, seed=0, fps=8),
-        mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
+        sample=dict(
+            sampler="",  # empty: the process's first
+            steps=25,
+            guidance_scale=1.0,
+            dynamic_guidance=False,  # v only: upstream's guidance that changes with the timestep
+            count=4,
+            seed=0,
+            fps=8,
+            prompts=(),  # taken in turn; none: the captions of the held-out clips
+        ),
+        mesh=dict(data=-1, fsdp=1, context=1, tensor=1, dcn=-1),  # dcn: slices joined by a slow network; -1: as found
         checkpoint=dict(every=100, keep=3, keep_every=0),  # steps divisible by keep_every stay for ever
         log_every=10,
         sample_every=250,

@@ -2,6 +2,7 @@
 
 python -m jaxalign.main --config configs/baseline.py            # demo: minutes on 2 CPU cores
 python -m jaxalign.main --config configs/baseline.py:vdit_l --config.data.source=FOLDER --config.codec.weights=FOLDER
+python -m jaxalign.main --config configs/baseline.py:cogvideox_2b …    # plain fine-tuning; see configs/tsa.py
 """
 
 from configs import base

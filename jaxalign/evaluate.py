@@ -7,12 +7,15 @@ probe   how much of the teacher each student holds: the alignment distance on ra
         --workdir with an alignment says which teacher, block and method.
 teachers  what frozen teachers see in videos (a file, a folder or `demo`), to choose one before spending GPU-days on
         it: IICR over k, spectrum and its gap Δ (Align4Gen), PCA maps, trajectories, X-T slices, flow
+scaling --root FOLDER: how the held-out loss of a sweep's runs (launch/sweep.py) falls with compute, size and data:
+        power laws with intervals, scaling.png and scaling.json there
 
 Held-out clips, times and noise are the same for every run. Rows are printed as a Markdown table and kept as JSON:
 evaluate_loss.json in each workdir, evaluate_probe.json in the first. `teachers` keeps a CSV and pictures in --out.
 """
 
 import csv
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +24,16 @@ import numpy as np
 from absl import flags
 
 from jaxalign.data import pipeline
-from jaxalign.data.sources import open_source
+from jaxalign.figures import scaling as scaling_figure
 from jaxalign.figures import teachers as teacher_figures
+from jaxalign.metrics import scaling as scaling_laws
 from jaxalign.metrics import teacher_report
 from jaxalign.metrics.motion import motion_magnitude
 from jaxalign.training import config as config_lib
-from jaxalign.training import evaluation, showing
+from jaxalign.training import evaluation, outcomes, prompts, showing
 from jaxalign.training import probe as probe_lib
 from jaxalign.training.data_settings import clip_settings, split_batch
-from jaxalign.training.trained import open_run, read_config
+from jaxalign.training.trained import open_run, read_config, whole
 
 SHOWN_CLIPS = 3  # clips that the pictures of `teachers` show
 
@@ -41,7 +45,8 @@ def loss(workdirs: Sequence[Path], *, weights: str = "ema", clips: int = 16, tim
         config, run, trainable = open_run(workdir, weights=weights)
         batches = held_out(config, clips)
         losses = evaluation.held_out_losses(run, trainable, batches, times=times)
-        samples = showing.Sampler(run, config)(trainable["model"], run.frozen)
+        tokens = prompts.for_samples(config, batches)
+        samples = showing.Sampler(run, config, tokens=tokens)(trainable["model"], run.frozen)
         real = np.concatenate([motion_magnitude(batch["video"]) for batch in batches])
         row = {
             "run": workdir.name,
@@ -75,16 +80,16 @@ def probe(
         raise ValueError(
             "probe: none of the runs aligns anything; give one that does, it says which teacher to ask for"
         )
-    base = open_run(aligned, weights=weights)
+    base = whole(open_run(aligned, weights=weights))
     for w in workdirs:
         if clip_settings(read_config(w)) != clip_settings(base.config):
             raise ValueError(f"probe: {w} has other clips ({clip_settings(read_config(w))}) than {aligned}")
     alignment = probe_lib.probed(base.run)
     sections = {name: base.config[name].to_dict() for name in ("align", "teacher")}
-    students = {w: open_run(w, weights=weights, overrides=sections).trainable["model"] for w in workdirs}
+    students = {w: whole(open_run(w, weights=weights, overrides=sections)).trainable["model"] for w in workdirs}
     own_heads = {w: open_run(w, weights=weights).trainable["heads"] for w in workdirs}
     batches = pipeline.batches(
-        open_source(base.config.data.source),
+        prompts.open_told(base.config),
         seed=seed + 1,
         batch_size=base.config.batch_size,
         hflip=base.config.data.hflip,
@@ -160,9 +165,53 @@ def _say_clips(count: int):
     return lambda done: print(f"  clip {done}/{count}", flush=True) if done % every == 0 else None
 
 
+def scaling(root: Path, *, replicates: int = scaling_laws.REPLICATES) -> tuple[list[dict], list[dict]]:
+    """(a row a group of seeds, a row a number of each law); see the module's docstring.
+
+    Raises FileNotFoundError for a folder without finished runs.
+    """
+    runs, remarks = outcomes.read(root)
+    points, more = outcomes.scaling_points(runs)
+    front, laws, missing = scaling_laws.analyse(points, replicates=replicates)
+    remarks += more + missing
+    rows = []
+    for group in dict.fromkeys(p.group for p in sorted(points, key=lambda p: (p.clip_tokens, p.parameters))):
+        own = [p for p in points if p.group == group]
+        ends = [p for p in own if p.tokens == max(q.tokens for q in own)]
+        losses = [p.loss for p in ends]
+        rows.append(
+            {
+                "runs": group,
+                "seeds": len(ends),
+                "parameters": ends[0].parameters,
+                "tokens a clip": ends[0].clip_tokens,
+                "tokens seen": f"{ends[0].tokens:.3g}",
+                "FLOPs": f"{ends[0].compute:.3g}",
+                "denoising": float(np.mean(losses)),
+                "std": float(np.std(losses, ddof=1)) if len(losses) > 1 else "",
+                "points on the envelope": sum(p.group == group for p in front),
+            }
+        )
+    numbers = [
+        {"law": one.title, "number": name, "value": value, "95 % from": low, "to": high, "points": len(one.points)}
+        for one in laws
+        for name, (value, low, high) in one.numbers().items()
+    ]
+    scaling_figure.draw(points, front, laws, root / "scaling.png", note="" if laws else "\n".join(remarks))
+    for remark in remarks:
+        print(f"note: {remark}")
+    kept = {"points": [dataclasses.asdict(p) for p in points], "envelope": [dataclasses.asdict(p) for p in front]}
+    kept["laws"] = [
+        {"title": one.title, **dataclasses.asdict(one.law), "replicates": len(one.replicates)} for one in laws
+    ]
+    _keep(root / "scaling.json", kept | {"numbers": numbers, "remarks": remarks})
+    print(f"to look at: {root / 'scaling.png'}")
+    return rows, numbers
+
+
 def held_out(config, clips: int) -> list[dict]:
     """The first `clips` held-out clips of a run's source, in batches of equal size."""
-    found = pipeline.held_out(open_source(config.data.source), clips, **clip_settings(config))
+    found = pipeline.held_out(prompts.open_told(config), clips, **clip_settings(config))
     return split_batch(found, min(config.batch_size, clips))
 
 
@@ -184,11 +233,16 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     given = flags.FLAGS
     words = {"loss": loss, "probe": probe}
-    if len(argv) != 2 or argv[1] not in (*words, "teachers"):
-        names = ",".join((*words, "teachers"))
+    if len(argv) != 2 or argv[1] not in (*words, "teachers", "scaling"):
+        names = ",".join((*words, "teachers", "scaling"))
         raise ValueError(f"write what to evaluate: python -m jaxalign.evaluate {{{names}}} --workdir RUN")
     if argv[1] == "teachers":
         return _teachers_of_flags(given)
+    if argv[1] == "scaling":
+        if not given.root:
+            raise ValueError("--root is missing: give the --root of launch/sweep.py")
+        print(*(table(rows) for rows in scaling(Path(given.root)) if rows), sep="\n\n")
+        return 0
     if not given.workdir:
         raise ValueError("--workdir is missing: give the folder of a run")
     if given.weights not in ("ema", "raw"):
@@ -224,6 +278,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 200, "probe: training steps of a fresh head.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-3, "probe: of a fresh head (Adam, cosine to zero).")
     flags.DEFINE_integer("seed", 0, "probe: of the fresh heads and their data.")
+    flags.DEFINE_string("root", "", "scaling: the folder of a sweep's runs.")
     flags.DEFINE_string("teachers", "", "teachers: NAME[:setting=value...], several with commas between.")
     flags.DEFINE_string("videos", "", "teachers: a video, a folder of videos, or a source (demo).")
     flags.DEFINE_string("out", "runs/teachers", "teachers: the folder for CSV and pictures.")

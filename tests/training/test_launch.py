@@ -14,7 +14,7 @@ import yaml
 
 from configs import base
 from jaxalign.training import config as config_lib
-from jaxalign.training.mesh import check_batch
+from jaxalign.training.mesh import AXES, check_batch
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -56,7 +56,7 @@ def check_command(arguments: list[str], devices: int) -> None:
     config, fields = base.get_config(scale[2]), given(arguments)
     flat = config_lib.flatten(config.to_dict())
     assert set(fields) <= set(flat), fields
-    sizes = {axis: int(fields.get(f"mesh.{axis}", size)) for axis, size in config.mesh.items()}
+    sizes = {axis: int(fields.get(f"mesh.{axis}", size)) for axis, size in config.mesh.items() if axis in AXES}
     sizes = {axis: size if size > 0 else -devices // math.prod(sizes.values()) for axis, size in sizes.items()}
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     assert mesh.size == devices
