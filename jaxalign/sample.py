@@ -1,18 +1,26 @@
-"""Videos from a checkpoint: `python -m jaxalign.sample --workdir runs/... [--count 16] [--labels 3,7]`.
+"""Videos from a run or from a published folder.
 
-Writes an MP4 a clip, an MP4 grid of all and a PNG of film strips into WORKDIR/samples/seed_SEED (or --out). The newest
-whole checkpoint is taken, its averaged weights unless --weights raw. The same seed gives the same videos.
+python -m jaxalign.sample --workdir runs/... [--count 16] [--labels 3,7]
+python -m jaxalign.sample --workdir runs/... --prompts FILE [--count 4] [--seed 0]
+python -m jaxalign.sample --folder CogVideoX-2b --prompt "a panda plays the guitar" --out videos
+
+The newest whole checkpoint of a run is taken, its averaged weights unless --weights raw. The same seed gives the same
+videos. Without prompts: an MP4 a clip, an MP4 grid of all and a PNG of film strips in WORKDIR/samples/seed_SEED (or
+--out). Prompts (--prompts FILE, one a line; --prompt TEXT, as often as you like): an MP4 for each of --count seeds of
+each prompt, and index.jsonl, in WORKDIR/samples/prompts (or --out); the same command goes on where it was stopped, and
+several processes (--coordinator … or a launcher, as main) share the list.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from jaxalign.data.sources import open_source
 from jaxalign.training import config as config_lib
-from jaxalign.training import showing
-from jaxalign.training.trained import open_run
+from jaxalign.training import processes, prompted, prompts, setup, showing
+from jaxalign.training.trained import open_run, read_config
 
 
 def draw(
@@ -32,7 +40,8 @@ def draw(
     own: sampler, steps, guidance_scale. Raises ValueError or FileNotFoundError, one line, for what does not fit.
     """
     workdir = Path(workdir)
-    config, run, trainable = open_run(workdir, weights=weights)
+    # No teacher is loaded: sampling asks none.
+    config, run, trainable = open_run(workdir, weights=weights, overrides={"align": {"method": "none"}})
     config.sample.update(count=count, seed=seed, **settings)
     numbers = class_numbers(labels, config, run) if labels else None
     out = Path(out) if out else workdir / "samples" / f"seed_{seed}"
@@ -53,34 +62,87 @@ def class_numbers(labels: Sequence[str], config, run) -> list[int]:
     return [names.index(label) if label in names else int(label) for label in labels]
 
 
+def draw_prompts(
+    subject: prompted.Subject,
+    asked_prompts: Sequence[str],
+    out: str | Path,
+    *,
+    count: int = 1,
+    seed: int = 0,
+    at_once: int = 0,
+    **changes,
+) -> list[Path]:
+    """`count` videos of each prompt from a run or a folder (`prompted.of_run`, `of_folder`); all their files.
+
+    `changes` override its own settings: sampler, steps, guidance_scale, dynamic_guidance, fps.
+    """
+    asked = prompted.ask(asked_prompts, count=count, seed=seed)
+    print(f"sampling {len(asked)} videos of {len(asked_prompts)} prompts from {subject.name} into {out}")
+    return prompted.draw(subject, asked, out, at_once=at_once, **changes)
+
+
 def main(argv: list[str]) -> int:
     given = flags.FLAGS
-    if given.workdir is None:
-        raise ValueError("--workdir is missing: give the folder of a run, e.g. --workdir runs/tsa-demo-1a2b3c4d")
-    settings = {k: given[k].value for k in ("sampler", "steps", "guidance_scale") if given[k].value is not None}
-    paths = draw(
-        given.workdir,
-        out=given.out,
-        weights=given.weights,
-        count=given.count,
-        at_once=given.at_once,
-        seed=given.seed,
-        labels=given.labels,
-        **settings,
-    )
-    print("\n".join(map(str, paths[:2])))
+    if len(argv) > 1:
+        raise ValueError(f"{argv[1]!r}: not understood; options start with --, e.g. --prompt 'a panda'")
+    if (given.workdir is None) == (given.folder is None):
+        raise ValueError(
+            "give --workdir, the folder of a run (runs/tsa-demo-1a2b3c4d), or --folder, a published one (CogVideoX-2b)"
+        )
+    processes.join(given.coordinator, given.num_processes, given.process_id, detect=given.detect_cluster)
+    names = ("sampler", "steps", "guidance_scale", "dynamic_guidance", "fps")
+    changes = {k: given[k].value for k in names if given[k].value is not None}
+    words = [*(prompted.read_prompts(given.prompts) if given.prompts else ()), *given.prompt]
+    if given.folder is None and not setup.is_told_by_text(read_config(given.workdir)):
+        if words:
+            raise ValueError("--prompts: the student of this run is not told by text; --labels says classes")
+        options = dict(weights=given.weights, seed=given.seed, labels=given.labels, out=given.out)
+        paths = draw(given.workdir, count=given.count or 16, at_once=given.at_once or 4, **options, **changes)
+        print("\n".join(map(str, paths[:2])))
+        return 0
+    if given.labels:
+        raise ValueError("--labels: the student is told by text; give --prompts FILE or --prompt TEXT")
+    if given.folder is None:
+        words = words or prompts.of_run(read_config(given.workdir))
+        subject = prompted.of_run(given.workdir, weights=given.weights)
+    else:
+        precision = given.precision or ("fp32" if jax.default_backend() == "cpu" else "bf16")
+        size = {name: given[name].value for name in ("num_frames", "height", "width")}
+        subject = prompted.of_folder(given.folder, dtype=setup.DTYPES[precision], tiling=given.tiling, **size)
+    out = Path(given.out) if given.out else Path(given.workdir or "runs/prompts") / "samples" / "prompts"
+    options = dict(count=given.count or 1, seed=given.seed, at_once=given.at_once)
+    paths = draw_prompts(subject, words, out, **options, **changes)
+    print("\n".join(map(str, paths[:8])))
     return 0
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The run to sample from.")
-    flags.DEFINE_string("out", None, "Folder for the videos; default: WORKDIR/samples/seed_SEED.")
+    flags.DEFINE_string(
+        "folder", None, "Or the published folder (model_index.json, transformer/, vae/, text_encoder/ …)."
+    )
+    flags.DEFINE_string("prompts", None, "A file with a prompt a line.")
+    flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
+    flags.DEFINE_string(
+        "out", None, "Folder for the videos; default: WORKDIR/samples/seed_SEED or WORKDIR/samples/prompts."
+    )
     flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "The averaged student or the last one.")
-    flags.DEFINE_integer("count", 16, "How many videos.", lower_bound=1)
-    flags.DEFINE_integer("at_once", 4, "How many at a time.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the noise.")
+    flags.DEFINE_integer("count", 0, "How many videos, or how many of each prompt; 0: 16, or 1.", lower_bound=0)
+    flags.DEFINE_integer("at_once", 0, "How many at a time; 0: 4, or with prompts one a device.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Of the noise; with prompts the first of --count seeds.")
     flags.DEFINE_list("labels", [], "Classes, by name or number, taken in turn; default: all in turn.")
-    flags.DEFINE_string("sampler", None, "ddim, ddpm or euler; default: the run's own.")
-    flags.DEFINE_integer("steps", None, "Calls of the network a video; default: the run's sample.steps.")
-    flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; default: the run's.")
+    flags.DEFINE_string("sampler", None, "ddim, ddpm, dpm or euler; default: the run's or the folder's own.")
+    flags.DEFINE_integer("steps", None, "Calls of the network a video; default: the run's sample.steps, a folder's 50.")
+    flags.DEFINE_float("guidance_scale", None, "Classifier-free guidance; default: the run's, a folder's 6.")
+    flags.DEFINE_bool("dynamic_guidance", None, "Upstream's use_dynamic_cfg.")
+    flags.DEFINE_float("fps", None, "Frames a second of the MP4; default: the run's, a folder's 8.")
+    flags.DEFINE_integer("num_frames", None, "With --folder: frames of a video; default: as it was trained.")
+    flags.DEFINE_integer("height", None, "With --folder: likewise.")
+    flags.DEFINE_integer("width", None, "With --folder: likewise.")
+    flags.DEFINE_enum("precision", None, ["fp32", "bf16"], "With --folder; default: bf16, on a CPU fp32.")
+    flags.DEFINE_bool("tiling", True, "With --folder: decode in tiles, which bounds the memory.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where there are several processes.")
+    flags.DEFINE_integer("num_processes", None, "How many processes share the prompts.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+    flags.DEFINE_bool("detect_cluster", False, "Ask JAX who the other processes are (TPU VMs outside of GKE).")
     config_lib.run_verb(main)

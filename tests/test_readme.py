@@ -38,7 +38,7 @@ def test_the_ten_lines_run():
 
 def test_every_file_it_links_to_is_there():
     root = Path(__file__).parents[1]
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith(("http", "#"))]
     assert links and [link for link in links if not (root / link).exists()] == []
 
 

@@ -28,24 +28,23 @@ class AlignmentSettings:
     mean_share: float = 0.6  # irepa: share of a frame's mean that is taken off the teacher's tokens
 
 
-# Each method takes tokens[b, t, h, w, d] of student and teacher on one grid, video[b, T, H, W, 3] in [−1, 1]
-# (or None) and the settings, and returns one value a sample, 0 for perfect alignment. Sections are
-# methods.md's.
+# Each method takes tokens[b, t, h, w, d] of student and teacher on one grid, saliency[b, t, h, w] (or None) and the
+# settings, and returns one value a sample, 0 for perfect alignment. Sections are methods.md's.
 
 
-def repa(student, teacher, video, settings):
+def repa(student, teacher, saliency, settings):
     """REPA (§1), Align4Gen (§5), SuRA (§6): 1 − mean cosine."""
     return cosine_distance(_flat(student), _flat(teacher))
 
 
-def irepa(student, teacher, video, settings):
+def irepa(student, teacher, saliency, settings):
     """iREPA (§1): the cosine, the teacher's tokens normalised per channel over the positions of a frame."""
     teacher = _flat(teacher).astype(jnp.float32)
     mean, std = teacher.mean(axis=2, keepdims=True), teacher.std(axis=2, keepdims=True)
     return cosine_distance(_flat(student), (teacher - settings.mean_share * mean) / (std + 1e-6))
 
 
-def crepa(student, teacher, video, settings):
+def crepa(student, teacher, saliency, settings):
     """CREPA (§1): frame f against the teacher's frame f and, by exp(−d/τ), against its frames f ± d."""
     student, teacher = _flat(student), _flat(teacher)
     t, d = student.shape[1], settings.neighbour
@@ -58,26 +57,26 @@ def crepa(student, teacher, video, settings):
     return loss
 
 
-def trd(student, teacher, video, settings):
+def trd(student, teacher, saliency, settings):
     """TRD of VideoREPA (§2): mean over token pairs of relu(|A_s − A_r| − margin)."""
     weights = frame_weights(settings.part, student.shape[1])
     return relation_l1(_flat(student), _flat(teacher), frame_weights=weights, margin=settings.margin)
 
 
-def moalign(student, teacher, video, settings):
+def moalign(student, teacher, saliency, settings):
     """MoAlign's stage 2 (§4): spatial plus soft temporal term, no margin; teacher: the motion subspace."""
     weights = frame_weights("moalign", student.shape[1], settings.tau)
     return relation_l1(_flat(student), _flat(teacher), frame_weights=weights)
 
 
-def tsa(student, teacher, video, settings):
+def tsa(student, teacher, saliency, settings):
     """TSA (§3, eq. 9): KL between tempered correspondence distributions, every token a query."""
     return tempered_kl(_flat(student), _flat(teacher), temperature=settings.temperature)
 
 
-def m_tsa(student, teacher, video, settings):
+def m_tsa(student, teacher, saliency, settings):
     """M-TSA (§3, eq. 13): TSA with the most moving positions of every frame as queries."""
-    queries = select_queries(motion_saliency(video, student.shape[1:4]), settings.mask_ratio)
+    queries = select_queries(saliency, settings.mask_ratio)
     return tempered_kl(_flat(student), _flat(teacher), temperature=settings.temperature, queries=queries)
 
 
@@ -103,12 +102,14 @@ def alignment_loss(
     teacher: Float[Array, "_ _ _ _ _"],
     *,
     video: Float[Array, "_ _ _ _ 3"] | None = None,
+    saliency: Float[Array, "b t h w"] | None = None,
     settings: AlignmentSettings | None = None,
 ) -> Float[Array, " b"]:
     """A named method's loss, one value a sample, on tokens [b, t, h, w, d]; the teacher gets no gradient.
 
-    video: [b, T, H, W, 3] in [−1, 1], read by 'm_tsa' only. settings: None for the papers' values.
-    Raises ValueError for an unknown method, for grids or batches that differ, and for 'm_tsa' without video.
+    video: [b, T, H, W, 3] in [−1, 1], read by 'm_tsa' only, and not even then where its `motion_saliency` is given.
+    settings: None for the papers' values. Raises ValueError for an unknown method, for grids or batches that differ,
+    and for 'm_tsa' without video.
     """
     if method not in METHODS:
         raise ValueError(f"alignment_loss: no method {method!r}; there are {', '.join(METHODS)}")
@@ -117,10 +118,12 @@ def alignment_loss(
             f"alignment_loss({method!r}): student tokens {student.shape}, teacher tokens {teacher.shape}; "
             "[b, t, h, w] must be equal: give the student a Projector or resize the teacher's tokens"
         )
-    if method == "m_tsa" and video is None:
-        raise ValueError("alignment_loss('m_tsa') finds its queries in the pixels: give it video=")
+    if method == "m_tsa" and saliency is None:
+        if video is None:
+            raise ValueError("alignment_loss('m_tsa') finds its queries in the pixels: give it video=")
+        saliency = motion_saliency(video, student.shape[1:4])
     teacher = jax.lax.stop_gradient(teacher)
-    return METHODS[method](student, teacher, video, settings or AlignmentSettings())
+    return METHODS[method](student, teacher, saliency, settings or AlignmentSettings())
 
 
 def fuse_targets(teachers: list[Float[Array, "..."]]) -> Float[Array, "..."]:

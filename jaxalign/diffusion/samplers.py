@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -13,6 +14,7 @@ from jaxalign.diffusion.process import Key, checked_prediction, per_sample
 from jaxalign.diffusion.v_prediction import VPrediction, trailing_timesteps
 
 SPACINGS = ("ddim", "even")
+Keys = jaxtyping.Key[Array, " b"]
 
 
 def sample(
@@ -22,7 +24,7 @@ def sample(
     *,
     sampler: str | None = None,
     steps: int = 50,
-    key: Key | None = None,
+    key: Key | Keys | None = None,
     clip_denoised: bool = False,
     eta: float | int = 0.0,
     spacing: str | None = None,
@@ -30,7 +32,8 @@ def sample(
     """Draw latents (fp32) from standard normal noise by `steps` calls of predict(x_t, timesteps[b]).
 
     sampler: a name in SAMPLERS; None takes the first that fits the process (ddim for DDPM and v, euler for flow).
-    key: needed where noise is drawn on the way (ddpm, dpm, or ddim with eta > 0).
+    key: needed where noise is drawn on the way (ddpm, dpm, or ddim with eta > 0); a key a sample makes each
+    independent of the others in its batch.
     clip_denoised: clamp every estimate of x0 to [−1, 1]; for pixels, never for VAE latents.
     eta: ddim only; 0 is deterministic, 1 is DDPM's own posterior (DDIM eq. 16).
     spacing: which timesteps a shorter DDPM chain keeps, see `spaced_timesteps`; None is 'ddim' for ddim and
@@ -209,8 +212,10 @@ def spaced_timesteps(num_train_timesteps: int, steps: int, spacing: str) -> np.n
     return np.arange(0, num_train_timesteps, counts[steps])
 
 
-def step_noise(key: Key, index: Array, shape: tuple[int, ...]) -> Array:
+def step_noise(key: Key | Keys, index: Array, shape: tuple[int, ...]) -> Array:
     """The noise of a sampler's step `index`, counted from the first call: standard normal, fp32."""
+    if key.ndim and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # a key a sample
+        return jax.vmap(lambda one: step_noise(one, index, shape[1:]))(key)
     return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
 
 

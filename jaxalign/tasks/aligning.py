@@ -1,7 +1,7 @@
 """One alignment of a run: which tokens of the student meet which target, through what head, by which method."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxalign.alignment.methods import (
     similarity_cutoff,
 )
 from jaxalign.alignment.projector import Projector, ProjectorConfig
+from jaxalign.models.placement import gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +64,29 @@ def update_gates(alignments: Sequence[Alignment], gates: dict, metrics: dict) ->
     }
 
 
-def ask_teachers(alignments: Sequence[Alignment], teachers: dict, video: Float[Array, "b t h w 3"]) -> dict[str, Array]:
-    """{key: tokens [b, t, h, w, d]} of each teacher that some alignment reads, asked once; no gradient."""
+def tokens_part(key: str) -> str:
+    """What a batch calls the tokens of a teacher that was asked before."""
+    return f"teacher/{key}"
+
+
+def saliency_part(grid: Grid) -> str:
+    """What a batch calls the motion saliency on a grid."""
+    return f"saliency/{'x'.join(map(str, grid))}"
+
+
+def ask_teachers(
+    alignments: Sequence[Alignment],
+    teachers: dict,
+    video: Float[Array, "b t h w 3"] | None,
+    asked: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    """{key: tokens [b, t, h, w, d]} of each teacher that some alignment reads, asked once; no gradient.
+
+    `asked` may hold, by `tokens_part`, tokens that were computed before; such a teacher is not asked.
+    """
     keys = dict.fromkeys(key for a in alignments for key in a.teachers)
-    return {key: jax.lax.stop_gradient(teachers[key](video)) for key in keys}
+    known = {key: asked[tokens_part(key)] for key in keys if asked and tokens_part(key) in asked}
+    return {key: jax.lax.stop_gradient(known[key] if key in known else gathered(teachers[key])(video)) for key in keys}
 
 
 def target(a: Alignment, taught: dict[str, Array], tapped: dict[int, Array]) -> Float[Array, "b t h w d"]:
@@ -84,10 +104,11 @@ def behind_head(a: Alignment, heads: dict, tapped: dict[int, Array], dtype) -> F
     return tapped[a.depth] if a.head is None else cast(heads[a.name], dtype)(tapped[a.depth])
 
 
-def distance(a: Alignment, heads: dict, tapped: dict, taught: dict, video, dtype) -> Float[Array, " b"]:
-    """The alignment's loss, one value a sample; 0 is perfect alignment."""
+def distance(a: Alignment, heads: dict, tapped: dict, taught: dict, video, batch, dtype) -> Float[Array, " b"]:
+    """The alignment's loss, one value a sample; 0 is perfect alignment. The batch may hold the saliency."""
     student = behind_head(a, heads, tapped, dtype)
-    return alignment_loss(a.method, student, target(a, taught, tapped), video=video, settings=a.settings)
+    given = {"video": video, "saliency": batch.get(saliency_part(a.grid)), "settings": a.settings}
+    return alignment_loss(a.method, student, target(a, taught, tapped), **given)
 
 
 def cast(tree, dtype):

@@ -8,7 +8,7 @@ under config.teacher.beside; config.align.fusion says whether their tokens are o
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from jaxalign.alignment.grids import Grid
 from jaxalign.alignment.methods import AlignmentSettings, Cutoff, weight_schedule
 from jaxalign.alignment.projector import ProjectorConfig, check_grids
 from jaxalign.alignment.saliency import motion_saliency
-from jaxalign.tasks.aligning import Alignment
+from jaxalign.interop import converted
+from jaxalign.tasks.aligning import Alignment, tokens_part
 
 Section = dict[str, Any]
 
@@ -46,12 +47,20 @@ def sections(config: ml_collections.ConfigDict) -> dict[str, Section]:
 
 
 def build(
-    config: ml_collections.ConfigDict, student_grid: Grid, width: int, depth: int
+    config: ml_collections.ConfigDict,
+    student_grid: Grid,
+    width: int,
+    depth: int,
+    *,
+    abstract: bool = False,
+    given: Collection[str] = (),
 ) -> tuple[tuple[Alignment, ...], dict[str, Any]]:
     """(alignments, {key: teacher}) for a student of this token grid, width and number of blocks.
 
-    Teachers asked for twice are loaded once. Raises ValueError or OSError, one line, for grids that do not meet (both
-    are printed), blocks that are not there, and weights that cannot be found or read.
+    Teachers asked for twice are loaded once; `abstract`: with shapes for leaves, and no weights are looked for. Those
+    whose tokens are `given`, by their names in a batch, are not loaded and not among the teachers. Raises
+    ValueError or OSError, one line, for grids that do not meet (both are printed), blocks that are not there, and
+    weights that cannot be found or read.
     """
     clip = config.data.num_frames, config.data.height, config.data.width
     loaded: dict[str, tuple[str, Any]] = {}  # what was asked for -> key and teacher
@@ -65,13 +74,23 @@ def build(
         if section["method"] == "layersync":
             alignments.append(_self_alignment(name, section, config.steps, student_grid))
             continue
-        asked = _load_teachers(section, student_grid, clip, loaded)
+        asked = _load_teachers(section, student_grid, clip, loaded, abstract, given)
         groups = [asked] if section["fusion"] == "concat" else [{key: teacher} for key, teacher in asked.items()]
         for group in groups:
             named = name if len(groups) == 1 else f"{name}_{next(iter(group))}"
             share = dict(section, weight=section["weight"] / len(groups))
             alignments.append(_alignment(named, share, config.steps, student_grid, width, group, clip))
-    return tuple(alignments), dict(loaded.values())
+    return tuple(alignments), {key: teacher for key, teacher in loaded.values() if tokens_part(key) not in given}
+
+
+def asked_teachers(config: ml_collections.ConfigDict, student_grid: Grid) -> dict[str, tuple[str, str, Any]]:
+    """{key: (name, weights as they are given, the teacher with shapes for leaves)} of a resolved config's teachers."""
+    clip = config.data.num_frames, config.data.height, config.data.width
+    loaded: dict[str, tuple[str, Any]] = {}
+    for section in sections(config).values():
+        if section["method"] != "layersync":
+            _load_teachers(section, student_grid, clip, loaded, abstract=True, given=())
+    return {key: (*json.loads(identity)[:2], teacher) for identity, (key, teacher) in loaded.items()}
 
 
 def _overlay(base: Section, changes: Mapping, where: str) -> Section:
@@ -150,7 +169,9 @@ def _common(section: Section, steps: int) -> dict[str, Any]:
     )
 
 
-def _load_teachers(section: Section, student_grid: Grid, clip: Grid, loaded: dict) -> dict[str, Any]:
+def _load_teachers(
+    section: Section, student_grid: Grid, clip: Grid, loaded: dict, abstract: bool, given: Collection[str]
+) -> dict[str, Any]:
     """{key: teacher} of a section's teacher and those beside it; `loaded` remembers what was loaded before."""
     first = dict(section["teacher"])
     beside = first.pop("beside")
@@ -167,7 +188,11 @@ def _load_teachers(section: Section, student_grid: Grid, clip: Grid, loaded: dic
         if identity not in loaded:
             keys = [key for key, _ in loaded.values()]
             key = name if name not in keys else f"{name}_{1 + sum(k.startswith(name) for k in keys)}"
-            loaded[identity] = key, teachers.load(name, weights or None, **settings)
+            if abstract or tokens_part(key) in given:
+                noted = converted.note(weights)["settings"] if weights and converted.is_converted(weights) else {}
+                loaded[identity] = key, teachers.abstract(name, **(noted | settings))
+            else:
+                loaded[identity] = key, teachers.load(name, weights or None, **settings)
         key, teacher = loaded[identity]
         found[key] = teacher
     return found

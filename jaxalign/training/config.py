@@ -21,6 +21,8 @@ NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every"
 METHODS = ("none", *methods.METHODS)
 _CHOICES = {
     "precision": ("fp32", "bf16"),
+    "codec.precision": ("fp32", "bf16"),
+    "data.short": ("skip", "pad"),
     "objective": ("flow", "ddpm", "v"),
     "align.method": METHODS,
     "align.schedule": ("constant", "linear", "cosine", "cutoff", "similarity"),
@@ -37,7 +39,7 @@ _POSITIVE = [
     "data.num_frames",
     "data.height",
     "data.width",
-    "data.stride",
+    "text.tokens",
     "optimizer.grad_accum",
     "checkpoint.every",
     "checkpoint.keep",
@@ -133,6 +135,14 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for field in _POSITIVE:
         if flat[field] < 1:
             raise ValueError(f"config.{field} = {flat[field]}: must be at least 1")
+    if config.data.stride < 0:
+        raise ValueError(f"config.data.stride = {config.data.stride}: write 0 (a clip spans its video) or more")
+    if not 0 <= config.text.dropout < 1:
+        raise ValueError(f"config.text.dropout = {config.text.dropout}: must lie in [0, 1)")
+    if flat.get("init_from.source", "ema") not in ("ema", "raw"):
+        raise ValueError(f"config.init_from.source = {config.init_from.source!r}: write one of ema, raw")
+    if flat.get("lora.rank", 0) < 0:
+        raise ValueError(f"config.lora.rank = {config.lora.rank}: write 0 (no adapters) or more")
     if config.align.weight < 0:
         raise ValueError(f"config.align.weight = {config.align.weight}: must not be negative (the loss is minimised)")
     if not 0 <= config.ema_decay < 1:
@@ -163,8 +173,10 @@ def identity(config: ml_collections.ConfigDict | Mapping) -> dict:
     """The flat fields that make a run what it is; JSON types only, so that a stored one compares equal."""
     tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     flat = flatten(tree)
-    # Without an alignment its settings and its teacher's are read by nothing.
+    # Without an alignment its settings and its teacher's are read by nothing; likewise LoRA's and a start's.
     unread = ("align", "teacher") if flat["align.method"] == "none" else ()
+    unread += () if flat.get("lora.rank") else ("lora",)
+    unread += () if flat.get("init_from.path") else ("init_from",)
     kept = {k: v for k, v in flat.items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY + unread)}
     return json.loads(json.dumps(kept))
 

@@ -1,12 +1,48 @@
 """From a config's data section to the arguments and shapes that the data functions take."""
 
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.training.mesh import batch_sharding
+
+# What a task reads, if the batch has it: these, and "teacher/KEY", "saliency/GRID" (tasks/aligning.py).
+BATCH_PARTS = ("video", "label", "tokens", "moments", "prompt", "teacher", "saliency")
 
 
-def clip_settings(config: ml_collections.ConfigDict) -> dict[str, int]:
+def clip_settings(config: ml_collections.ConfigDict) -> dict[str, int | str]:
     """What a clip looks like, as the data functions take it."""
-    return {name: config.data[name] for name in ("num_frames", "height", "width", "stride")}
+    return {name: config.data[name] for name in ("num_frames", "height", "width", "stride", "short")}
+
+
+def task_parts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What of a batch a task reads."""
+    return {name: values for name, values in batch.items() if name.split("/")[0] in BATCH_PARTS}
+
+
+def abstract_batch(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    *,
+    text: bool,
+    given: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and placement of a global batch, with the tokens of a prompt where the student is told by `text`.
+
+    `given`, {name: (shape of a row, dtype)}, is what batches hold instead that were computed before (`Source.given`).
+    """
+    b, d = config.batch_size, config.data
+    batch = {"video": ((b, d.num_frames, d.height, d.width, 3), np.uint8), "label": ((b,), np.int32)}
+    if text:
+        batch["tokens"] = (b, config.text.tokens), np.int32
+    if given:
+        batch = {"label": batch["label"]} | {k: ((b, *shape), jnp.dtype(dtype)) for k, (shape, dtype) in given.items()}
+    rows = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in batch.items()}
 
 
 def split_batch(batch: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:

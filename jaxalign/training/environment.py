@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,19 @@ import jaxalign
 from jaxalign.training.mesh import named_leaves
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "av")
+
+
+_IMPORTED = time.monotonic()
+
+
+def seconds_since_start() -> float:
+    """How long this process has been running, imports included; elsewhere than on Linux, since they were done."""
+    try:
+        with open("/proc/self/stat", encoding="utf-8") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): starttime, behind the command's name
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.monotonic() - _IMPORTED
 
 
 def versions() -> dict[str, str]:

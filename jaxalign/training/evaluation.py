@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.diffusion import fixed_times
+from jaxalign.training.data_settings import task_parts
 from jaxalign.training.mesh import fetch
 from jaxalign.training.setup import Run
 
@@ -20,7 +21,7 @@ def fixed_noise(run: Run, first: int, count: int, seed: int = 0) -> jax.Array:
 
 def on_device(batch: dict) -> dict:
     """The parts of a host batch that a task reads."""
-    return {name: jnp.asarray(batch[name]) for name in ("video", "label")}
+    return {name: jnp.asarray(values) for name, values in task_parts(batch).items()}
 
 
 def make_held_out(run: Run):

@@ -1,54 +1,48 @@
 """The training loop, top to bottom: what is run, where it stands, one step after the other, what a person sees."""
 
-import dataclasses
-import functools
 import json
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
-import optax
 
 from jaxalign.data import pipeline
 from jaxalign.data.clips import Clip, Source, short_items
-from jaxalign.data.sources import open_source
 from jaxalign.data.summary import summary as describe_source
 from jaxalign.figures import curves
 from jaxalign.figures.video import enlarge, grid
-from jaxalign.tasks.aligning import init_gates, update_gates
-from jaxalign.training import config as config_lib
-from jaxalign.training import environment, evaluation, processes, setup, showing, tensorboard
-from jaxalign.training.checkpoint import Checkpoints, check_writable
-from jaxalign.training.data_settings import clip_settings, split_batch
-from jaxalign.training.interrupt import Interrupts
-from jaxalign.training.manifest import write_atomic
-from jaxalign.training.mesh import (
-    batch_sharding,
-    check_batch,
-    coverage,
-    make_mesh,
-    process_share,
-    replicate,
-    shardings,
-    spread_clips,
-    token_axis,
+from jaxalign.interop.sealed import write_atomic
+from jaxalign.training import (
+    chips,
+    environment,
+    evaluation,
+    flops,
+    init_from,
+    processes,
+    prompts,
+    setup,
+    showing,
+    tensorboard,
 )
-from jaxalign.training.optimizer import learning_rate, make_optimizer
+from jaxalign.training import config as config_lib
+from jaxalign.training.checkpoint import Checkpoints, check_writable
+from jaxalign.training.data_settings import abstract_batch, clip_settings, split_batch, task_parts
+from jaxalign.training.interrupt import Interrupts, Maintenance
+from jaxalign.training.mesh import batch_sharding, process_share
+from jaxalign.training.optimizer import learning_rate
+from jaxalign.training.prepare import compiled_step, prepare
 from jaxalign.training.report import Report, first_screen
-from jaxalign.training.state import TrainState, create_state
-from jaxalign.training.step import make_gradient_cosine, make_step
-from jaxalign.training.stopwatch import Stopwatch
+from jaxalign.training.restore import step_folders
+from jaxalign.training.step import make_gradient_cosine
+from jaxalign.training.stopwatch import SlowHosts, Stopwatch
 from jaxalign.training.watchdog import Profile, Recompilations, Watchdog
 
 HELD_OUT_CLIPS, HELD_OUT_TIMES = 8, 4  # of the loss curve; `evaluate loss` asks more
 DRAWN = re.compile(r"train/align/\w+(?<!_weight)|held_out/(?!denoising_)\w+|gradients/cosine")
-BATCH_PARTS = ("video", "label")  # what travels to the device
 
 
 def train(
@@ -74,7 +68,10 @@ def train(
         source, run, mesh, optimizer, abstract, fresh = prepare(config)
         clip = clip_settings(config)
         data, held_out = open_data(config, source, mesh)
-    processes.check_agreement(processes.data_facts(data, config.seed))
+        if not step_folders(workdir / "checkpoints"):
+            init_from.check(config, run)
+        base = {"base": init_from.fingerprint(config, run)} if run.task.lora else {}
+    processes.check_agreement(processes.data_facts(data, config.seed) | config_lib.flatten(base))
     schedule = learning_rate(config)
     root_key = jax.random.key(config.seed)
     init_key, step_key = jax.random.fold_in(root_key, 0), jax.random.fold_in(root_key, 1)
@@ -91,7 +88,12 @@ def train(
     ):
         # ---- Where it stands.
         found = checkpoints.restore_latest(abstract)
-        state = found.state if found else fresh(init_key)
+        if found:
+            state = found.state
+            init_from.check_base(found.extra.get("base"), base.get("base"), str(workdir))
+        else:
+            with processes.all_or_none("init_from"):
+                state = init_from.begin(config, run, fresh(init_key), say=report.say)
         start = int(state.step)
         if start >= config.steps:
             report.say(f"{workdir} is finished: step {start} of {config.steps}")
@@ -109,11 +111,14 @@ def train(
         # ---- What is compiled: the step, and what looks at the run from time to time.
         step = compiled_step(config, run, optimizer, abstract)
         measure = evaluation.make_held_out(run)
-        sampler = showing.Sampler(run, config)
+        sampler = showing.Sampler(run, config, tokens=prompts.for_samples(config, held_out, source))
         figure = cosine = None
         held_out_now: dict[str, float] = {}
         if run.task.alignments:
-            figure = showing.Correspondence(run, config, held_out[0], fresh(init_key).trainable)
+            # A student that did not start fresh cannot be made again: its tokens at step 0 are kept in a file.
+            at_start = workdir / "figures" / "tokens_000000.npy" if init_from.is_read(config) else None
+            initial = state.trainable if not found else fresh(init_key).trainable if at_start is None else None
+            figure = showing.Correspondence(run, config, held_out[0], initial, at_start)
             cosine = jax.jit(make_gradient_cosine(run.task.denoising_loss, run.task.aligning_loss))
 
         def look(state, number, batch):
@@ -126,7 +131,9 @@ def train(
                 held_out_now.update(evaluation.summarise(losses))
                 report.scalars(number, {f"held_out/{k}": v for k, v in held_out_now.items()})
             if number % config.sample_every == 0 or number == config.steps:
-                videos = sampler(state.ema, run.frozen)
+                # A large student's videos are drawn one a device; a small one's in fours, whatever the mesh.
+                rows = mesh.shape["data"] * mesh.shape["fsdp"]
+                videos = sampler(state.ema, run.frozen, at_once=max(4, rows) if run.task.text else 4)
                 report.video(number, "samples", grid(enlarge(videos, 128)), config.sample.fps)
                 with report.writing("samples"):
                     if report.active:
@@ -144,24 +151,37 @@ def train(
         nonfinite = 0
         shown = ("loss", "denoising", *(f"align/{a.name}" for a in run.task.alignments))
         pending = None  # the step before, whose metrics are read while this one is computed
-        watch = Stopwatch(config.batch_size * int(np.prod(run.student_grid)))
-        stop_now = processes.StopVote(mesh)
+        chip = chips.chip_of(here["device_kind"])
+        watch = Stopwatch(config.batch_size * int(np.prod(run.student_grid)), chip and chip.flops * mesh.size)
+        slow_hosts = SlowHosts(report.say)
+        vote = processes.Vote(mesh)
         recompilations = Recompilations(step, report.say)
         profile = Profile(profile_steps, workdir / "tensorboard", start, report.say)
         report.start(start, config.steps)
-        with Interrupts(report.say) as interrupts, Watchdog(hang_after, workdir, report.say) as dog:
+        with (
+            Interrupts(report.say) as interrupts,
+            Maintenance(report.say) as maintenance,
+            Watchdog(hang_after, workdir, report.say) as dog,
+        ):
             for number in range(start + 1, config.steps + 1):
                 profile.before(number, config.steps)
                 with watch.waiting():
                     host = next(batches)
                 unreadable.update(data.names(host["index"][host["substituted"]]))
-                batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), host[k]) for k in BATCH_PARTS}
-                state, metrics = step(state, run.frozen, batch, step_key)
+                parts = task_parts(host).items()
+                batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), x) for k, x in parts}
+                with watch.blocked():
+                    state, metrics = step(state, run.frozen, batch, step_key)
+                    wish = processes.SAVE if maintenance.come() else processes.GO_ON
+                    asked = vote(processes.STOP if interrupts else wish)
+                if not watch.flops_per_step:  # traced already, and the devices are at work meanwhile
+                    watch.flops_per_step = flops.count(step.trace(state, run.frozen, batch, step_key).jaxpr).model
                 pending, ready = (number, metrics, host["index"]), pending
-                stopped = stop_now(bool(interrupts))
+                stopped = asked == processes.STOP
                 last = number == config.steps or stopped
                 for at, values, index in filter(None, (ready, pending if last else None)):
-                    values = {k: float(v) for k, v in jax.device_get(values).items()}
+                    with watch.blocked():
+                        values = {k: float(v) for k, v in jax.device_get(values).items()}
                     watch.count()
                     dog.alive()
                     if values["nonfinite"]:
@@ -171,14 +191,15 @@ def train(
                     if at % config.log_every == 0 or at == config.steps:
                         values |= {"learning_rate": float(schedule(at - 1)), **watch.rates()}
                         report.scalars(at, {f"train/{k}": v for k, v in values.items()})
+                        slow_hosts(watch.interval())
                 recompilations.check(number)
                 if number % min(config.eval_every, config.sample_every) == 0 or number == config.steps:
                     dog.rest()
                     with watch.paused():
                         look(state, number, batch)
-                if number % config.checkpoint.every == 0 or last:
+                if number % config.checkpoint.every == 0 or last or asked == processes.SAVE:
                     dog.rest()
-                    checkpoints.save(number, state, extra={"config": config.to_dict(), "environment": here})
+                    checkpoints.save(number, state, extra={"config": config.to_dict(), "environment": here, **base})
                 if last:
                     break
             profile.stop(state.step)
@@ -192,6 +213,7 @@ def train(
                 "train": values,
                 "held_out": held_out_now,
                 **watch.rates(),
+                "seconds_to_first_step": report.seconds_to_first_step,
                 "peak_memory": environment.peak_memory(),
                 "last_checkpoint": checkpoints.last_good,
                 "failed_saves": checkpoints.failed_saves,
@@ -199,6 +221,7 @@ def train(
                 "unreadable_clips": dict(unreadable),
                 "skipped_files": dict(source.skipped),
                 "short_files": list(short_items(source, Clip(**clip))),
+                "cut_prompts": source.cut_prompts,
             }
         )
         if stopped:
@@ -226,88 +249,13 @@ def open_data(config: ml_collections.ConfigDict, source: Source, mesh: jax.shard
     return data, split_batch(pipeline.held_out(source, HELD_OUT_CLIPS, **clip), config.batch_size)
 
 
-class Prepared(NamedTuple):
-    """What a config stands for on these devices, before anything is allocated but the frozen networks."""
-
-    source: Source
-    run: setup.Run
-    mesh: jax.sharding.Mesh
-    optimizer: optax.GradientTransformation
-    abstract: TrainState  # shapes, dtypes and shardings
-    fresh: Callable  # key -> TrainState at step 0, made in its shards
-
-
-def prepare(config: ml_collections.ConfigDict) -> Prepared:
-    """Open the source, load what is frozen, lay the state out on the mesh. Raises ValueError or OSError, one line."""
-    source = open_source(config.data.source)
-    run = setup.build(config, num_classes=len(source.classes))
-    mesh = make_mesh(**config.mesh)
-    check_batch(mesh, config.batch_size, config.optimizer.grad_accum)
-    optimizer = make_optimizer(config)
-    run, abstract, fresh = lay_out(run, optimizer, mesh)
-    return Prepared(source, run, mesh, optimizer, abstract, fresh)
-
-
-def lay_out(run: setup.Run, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh):
-    """The run on a mesh, the state's shapes with their shardings, and what makes the state in its shards from a key.
-
-    Raises ValueError when the rules leave parameters whole that the mesh could split, or the tokens do not divide.
-    """
-    axis = token_axis(mesh, run.student_grid)
-    if mesh.size > 1:
-        place = functools.partial(spread_clips, mesh=mesh, axis=axis)
-        run = dataclasses.replace(run, task=dataclasses.replace(run.task, place=place))
-    run = dataclasses.replace(run, frozen=replicate(run.frozen, mesh))
-
-    def init(key):
-        return create_state(run.init(key), optimizer, init_gates(run.task.alignments))
-
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    placed = shardings(abstract, run.sharding_rules, mesh)
-    coverage(abstract.trainable, placed.trainable, mesh)
-    abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, placed)
-    return run, abstract, jax.jit(init, out_shardings=placed)
-
-
-def compiled_step(config: ml_collections.ConfigDict, run: setup.Run, optimizer, abstract: TrainState):
-    """The jitted training step; the state keeps its placement and its buffers."""
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = make_step(
-        in_place(run.task.loss, placed.trainable),
-        optimizer,
-        ema_decay=config.ema_decay,
-        grad_accum=config.optimizer.grad_accum,
-        update_gates=functools.partial(update_gates, run.task.alignments),
-    )
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-
-
-def in_place(loss: Callable, placed) -> Callable:
-    """`loss(trainable, ...)` whose parameters, and so their gradients, are cut as `placed` says.
-
-    A constraint's cotangent has the same constraint: each device forms its own part of the gradient. And what is cast
-    to the compute dtype is the part, so what fsdp gathers is the cast copy and not the fp32 master.
-    """
-
-    def constrained(trainable, *rest):
-        return loss(jax.lax.with_sharding_constraint(trainable, placed), *rest)
-
-    return constrained
-
-
 def dry_run(config: ml_collections.ConfigDict) -> int:
     """Print what would run and the memory of its compiled step; nothing is trained or written."""
     source, run, mesh, optimizer, abstract, _ = prepare(config)
     trees = {"student": abstract.trainable["model"], "heads": abstract.trainable["heads"]}
     print(first_screen(trees, mesh=mesh, facts=describe(config, run)))
     print("\n".join(describe_source(source, **clip_settings(config))), flush=True)
-    d = config.data
-    batch = {
-        "video": ((config.batch_size, d.num_frames, d.height, d.width, 3), np.uint8),
-        "label": ((config.batch_size,), np.int32),
-    }
-    rows = batch_sharding(mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in batch.items()}
+    batch = abstract_batch(config, mesh, text=run.task.text, given=source.given)
     step = compiled_step(config, run, optimizer, abstract)
     memory = step.lower(abstract, run.frozen, batch, jax.random.key(0)).compile().memory_analysis()
     print(
@@ -349,7 +297,10 @@ def compare_workdir(config: ml_collections.ConfigDict, workdir: Path) -> list[st
 
 def describe_start(config: ml_collections.ConfigDict, start: int, found) -> str:
     """From where to where."""
-    return f"resumed at step {start} of {config.steps}" if found else f"from scratch, {config.steps} steps"
+    if found:
+        return f"resumed at step {start} of {config.steps}"
+    beginning = "from scratch" if not config.init_from.path else f"starting from {config.init_from.path}"
+    return f"{beginning}, {config.steps} steps"
 
 
 def describe(config: ml_collections.ConfigDict, run: setup.Run) -> dict[str, str]:
@@ -358,6 +309,8 @@ def describe(config: ml_collections.ConfigDict, run: setup.Run) -> dict[str, str
         "objective": f"{config.objective}, {config.precision}, batch {config.batch_size}",
         "tokens": f"{run.student_grid} (t, h, w)",
     }
+    if (adapters := run.task.lora) is not None:
+        facts["adapters"] = f"rank {adapters.rank}, alpha {adapters.alpha:g}, upon {config.init_from.path}"
     for a in run.task.alignments:
         start = float(a.weight(jax.numpy.asarray(config.align.warmup_steps)))
         against = f"the student's own block {a.teacher_depth}"

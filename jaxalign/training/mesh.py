@@ -20,28 +20,39 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the rows of a batch are spread over both
 PARAMETER_AXES = ("fsdp", "tensor")  # the axes that can cut a parameter
+WORTH_CUTTING = 2**20  # bytes of a frozen array; the gathering of smaller ones costs more than it saves
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, context: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    context: int = 1,
+    tensor: int = 1,
+    dcn: int = -1,
+    *,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """The Auto mesh over `devices` (default: all, of every process); an axis of -1 takes what is left.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Where devices form several slices, joined by a slower network, `data` and then `fsdp` go from slice to slice
+    (`arrange`); `dcn` is how many slices there are: -1 as many as the devices say, 1 takes all devices for one slice.
+    Raises ValueError when the sizes do not multiply to the number of devices, or slices cut what must not be cut.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict(zip(AXES, (data, fsdp, context, tensor), strict=True))
     wanted = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    if any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh ({wanted}): every size must be a positive number, or -1 to take what is left")
+    if any(size < 1 and size != -1 for size in (*sizes.values(), dcn)):
+        raise ValueError(
+            f"mesh ({wanted}, dcn={dcn}): every size must be a positive number, or -1 to take what is left"
+        )
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise ValueError(f"mesh ({wanted}): only one axis can be -1; give {' or '.join(free)} a number")
@@ -51,8 +62,63 @@ def make_mesh(
         raise ValueError(f"mesh ({wanted}) does not fit {len(devices)} device(s): needs {fixed}{remedy}")
     if free:
         sizes[free[0]] = len(devices) // fixed
-    auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=devices)
+    return Mesh(arrange(devices, tuple(sizes.values()), dcn), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slices(devices: Sequence[Any], dcn: int = -1) -> list[list[Any]]:
+    """The devices by slice: a TPU slice, or GPUs with NVLink between them; `dcn` as in `make_mesh`.
+
+    Devices that do not say where they are (CPUs) are one slice; with `dcn` of several, that many equal parts of them
+    in order. Raises ValueError when the slices are not `dcn`, or not equally large.
+    """
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        index = getattr(device, "slice_index", None)  # on GPUs too; other platforms have none, or None
+        found.setdefault(0 if index is None else index, []).append(device)
+    groups = [found[index] for index in sorted(found)]
+    if dcn == 1:
+        return [[device for group in groups for device in group]]
+    if dcn > 1 and len(groups) == 1 and len(devices) % dcn == 0:
+        size = len(devices) // dcn
+        groups = [list(devices[start : start + size]) for start in range(0, len(devices), size)]
+    told = len(groups) if dcn == -1 else dcn
+    if len(groups) != told or len({len(group) for group in groups}) > 1:
+        sizes = ", ".join(str(len(group)) for group in groups)
+        raise ValueError(
+            f"mesh.dcn = {dcn}, but there are {len(groups)} slice(s) of {sizes} devices: use slices of one size and"
+            " mesh.dcn=-1, or mesh.dcn=1 to take all devices for one slice"
+        )
+    return groups
+
+
+def arrange(devices: Sequence[Any], sizes: tuple[int, int, int, int], dcn: int = -1) -> np.ndarray:
+    """Which device stands where in a mesh of `sizes` (data, fsdp, context, tensor).
+
+    The outer part of `data`, and of `fsdp` if that is not enough, counts slices: gradients and parameters go over the
+    slow network, once a step; `context` and `tensor`, which talk in every layer, stay inside a slice. Raises
+    ValueError when they cannot. Source: jax.experimental.mesh_utils.create_hybrid_device_mesh.
+    """
+    groups = slices(devices, dcn)
+    outer, left = [1] * len(AXES), len(groups)
+    for k in range(len(BATCH_AXES)):  # the first axes
+        outer[k] = math.gcd(sizes[k], left)
+        left //= outer[k]
+    if left > 1:
+        wanted = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh ({wanted}): there are {len(groups)} slices of {len(groups[0])} devices, and mesh.data × mesh.fsdp ="
+            f" {sizes[0] * sizes[1]} cannot count them, so tokens or heads would be cut across the slow network: give"
+            " mesh.context and mesh.tensor fewer devices, or write mesh.dcn=1 to take all devices for one slice"
+        )
+    inner = [size // part for size, part in zip(sizes, outer, strict=True)]
+    if dcn == 1 and len({getattr(device, "slice_index", None) for device in devices}) > 1:
+        return np.asarray(groups[0]).reshape(sizes)  # no torus that JAX could lay the mesh on
+    # As jax.make_mesh, which refuses several slices.
+    split = {"allow_split_physical_axes": devices[0].device_kind in ("TPU v5 lite", "TPU v5e")}
+    blocks = np.empty(outer, dtype=object)
+    for place, group in zip(np.ndindex(*outer), groups, strict=True):
+        blocks[place] = mesh_utils.create_device_mesh(inner, group, **split)
+    return np.block(blocks.tolist())
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -85,7 +151,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def _fitting(axes: Any, size: int, mesh: Mesh) -> Any:
+def _fitting(axes: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
     """The leading axes of one entry of a spec that divide a dimension; None when even the first does not."""
     names = (axes,) if isinstance(axes, str) else tuple(axes or ())
     kept: list[str] = []
@@ -224,22 +290,52 @@ def spread_clips(x: jax.Array, *, mesh: Mesh, axis: int) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*entries)))
 
 
+def spread_frozen(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A NamedSharding for every leaf of a network that is only read: large ones cut over `fsdp` and `tensor`.
+
+    A leaf of WORTH_CUTTING bytes or more is cut along the largest of its dimensions that divides; the others are whole.
+    """
+
+    def place(leaf):
+        shape = tuple(leaf.shape)
+        entries: list[Any] = [None] * len(shape)
+        if math.prod(shape) * leaf.dtype.itemsize >= WORTH_CUTTING:
+            for axis in sorted(range(len(shape)), key=lambda k: -shape[k]):
+                if axes := _fitting(PARAMETER_AXES, shape[axis], mesh):
+                    entries[axis] = axes
+                    break
+        while entries and entries[-1] is None:
+            entries.pop()
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
+    return jax.tree.map(place, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The placement of something that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of a pytree whole on every device; every process gives the same ones (nobody compares them)."""
-    whole = replicated(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(tree, whole)
+    """The arrays of a pytree whole on every device; as `put`."""
+    return put(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
-    def place(x):
+
+def put(tree: Any, placed: Any) -> Any:
+    """The arrays of a pytree where `placed`, shardings in the same structure, says.
+
+    Every process gives the same arrays whole (nobody compares them). Shapes (ShapeDtypeStruct) stay shapes, placed.
+    """
+
+    def place(x, sharding):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
         x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, whole, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(place, tree, placed)
 
 
 def fetch(tree: Any) -> Any:

@@ -40,7 +40,7 @@ def fit_heads(
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def loss(heads, students, frozen, batch, key):
-        clips = batch["video"].shape[0]
+        clips = batch["label"].shape[0]
         noise_shape = (clips, *run.latent_shape)
         fractions, noise = draw(key, jnp.zeros(noise_shape))
         losses = {}

@@ -80,7 +80,7 @@ def join(
         return False
     if len(given) == 3 and not 0 <= told["process_id"] < told["num_processes"]:
         raise ValueError(f"--process_id={told['process_id']}: the processes are 0 … {told['num_processes'] - 1}")
-    # SIGTERM is answered between two steps (interrupt.py); JAX's service would swallow it.
+    # SIGTERM is answered between two steps (interrupt.py); JAX's service knows no other notice and would swallow it.
     jax.config.update("jax_enable_preemption_service", False)
     host = (told["coordinator"] or "").rsplit(":", 1)[0]
     # On one machine nobody from outside needs to reach the coordinator.
@@ -177,7 +177,10 @@ def data_facts(data: Batches, seed: int) -> dict[str, Any]:
     items = [(item.name, item.frames, item.label, item.split) for item in data.source.items]
     windows = [(window.item, window.start, window.stop) for window in data.windows]
     digest = hashlib.sha256(json.dumps([items, windows, seed]).encode()).hexdigest()[:16]
-    return {"data: videos": len(items), "data: windows": len(windows), "data: order": digest}
+    facts = {"data: videos": len(items), "data: windows": len(windows), "data: order": digest}
+    if data.source.tokens is not None:  # what a student is told
+        facts["data: captions"] = hashlib.sha256(json.dumps(data.source.captions).encode()).hexdigest()[:16]
+    return facts
 
 
 @contextlib.contextmanager
@@ -221,14 +224,16 @@ def _padded(text: str) -> np.ndarray:
     return np.frombuffer(text.encode()[:512].ljust(512), np.uint8)
 
 
-# ---- stopping together
+# ---- saving and stopping together
+
+GO_ON, SAVE, STOP = 0, 1, 2
 
 
-class StopVote:
-    """Whether any process wants to stop, asked at every step and answered one step later, the same on all.
+class Vote:
+    """Whether any process wants all to save, or to save and stop; asked at every step, answered one step later to all.
 
     A signal reaches the processes at different steps; a process that left alone would leave the others waiting. The
-    vote is one number a device, summed on the devices behind the training step: nobody waits for it.
+    vote is one number a device, their largest taken on the devices behind the training step: nobody waits for it.
     """
 
     def __init__(self, mesh: Mesh):
@@ -236,15 +241,15 @@ class StopVote:
         if jax.process_count() > 1:
             self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
             self._size = mesh.size
-            self._count = jax.jit(lambda votes: votes.sum(), out_shardings=replicated(mesh))
+            self._largest = jax.jit(lambda votes: votes.max(), out_shardings=replicated(mesh))
 
-    def __call__(self, wanted: bool) -> bool:
-        """With one process: wanted. With several: whether one of them had asked at the step before."""
+    def __call__(self, wish: int) -> int:
+        """GO_ON, SAVE or STOP. With one process: its wish. With several: the largest of those at the step before."""
         if jax.process_count() == 1:
-            return wanted
-        before, one = self._asked, np.full(1, wanted, np.int32)
-        self._asked = self._count(jax.make_array_from_callback((self._size,), self._sharding, lambda _: one))
-        return before is not None and int(before) > 0
+            return wish
+        before, one = self._asked, np.full(1, wish, np.int32)
+        self._asked = self._largest(jax.make_array_from_callback((self._size,), self._sharding, lambda _: one))
+        return GO_ON if before is None else int(before)
 
 
 @contextlib.contextmanager

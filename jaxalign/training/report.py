@@ -25,8 +25,8 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from jaxalign.interop.sealed import write_atomic
 from jaxalign.training import environment, tensorboard
-from jaxalign.training.manifest import write_atomic
 
 
 def plain(value: Any) -> Any:
@@ -108,6 +108,7 @@ class Report:
         self._bar: tqdm | None = None
         self._events = None
         self._first = self._last = 0
+        self.seconds_to_first_step: float | None = None  # since the process was started
         self._marks: deque[tuple[int, float]] = deque(maxlen=21)
         self._next_line = 0.0
         if self.active:
@@ -165,19 +166,24 @@ class Report:
     # ---- progress
 
     def start(self, first: int, last: int) -> None:
-        """Begin the progress at step `first` of `last`; TensorBoard forgets what was logged from there on."""
+        """Begin the progress behind step `first` of `last`; TensorBoard forgets what was logged after it."""
         self._first, self._last = first, last
         self._marks.append((first, time.monotonic()))
         if not self.active:
             return
         with self.writing("tensorboard"):
-            self._events = tensorboard.open_events(self.workdir / "tensorboard", first_step=first)
+            self._events = tensorboard.open_events(self.workdir / "tensorboard", first_step=self._next)
         if self._terminal:
             form = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}]{postfix}"
             # Some terminals (in containers) say that they have no columns and no rows, and tqdm believes it.
             sized = shutil.get_terminal_size((0, 0)).columns > 0
             width = {"dynamic_ncols": True} if sized else {"ncols": 100, "nrows": 20}
             self._bar = tqdm(initial=first, total=last, file=self._screen, bar_format=form, **width)
+
+    @property
+    def _next(self) -> int:
+        """The step from which TensorBoard forgets: a resumed run's first one; what was logged at `first` stays."""
+        return self._first + 1 if self._first else 0
 
     def progress(self, step: int, **numbers: Any) -> None:
         """Step `step` is done. `numbers` (a loss, ...) are shown beside speed and remaining time."""
@@ -188,6 +194,9 @@ class Report:
         text = "  ".join(f"{name} {float(value):.4g}" for name, value in numbers.items())
         if math.isfinite(self.steps_per_second):
             text += f"  {self.steps_per_second:.3g} steps/s  ETA {duration(self.seconds_left)}"
+        if self.seconds_to_first_step is None:
+            self.seconds_to_first_step = environment.seconds_since_start()
+            text += f"  {self.seconds_to_first_step:.1f} s from the start to this step"
         if self._bar is not None:
             with self._lock:
                 self._bar.set_postfix_str(text.strip(), refresh=False)
@@ -219,7 +228,7 @@ class Report:
         if self.active:
             with self._lock, self.writing("tensorboard"):
                 if self._events is None:
-                    self._events = tensorboard.open_events(self.workdir / "tensorboard", first_step=self._first)
+                    self._events = tensorboard.open_events(self.workdir / "tensorboard", first_step=self._next)
                 write(self._events, *arguments)
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:

@@ -15,28 +15,39 @@ from jaxalign.training.setup import Run
 
 FIGURE_FRACTION = 0.25  # the share of noise under which the student is asked; the teacher sees the clean clip
 QUERIES = 4
+SAMPLING = ("sampler", "steps", "guidance_scale", "dynamic_guidance")  # static under jit
 
 
 class Sampler:
     """Draws config.sample.count videos, the same ones each time, from fixed noise; compiles once, when first called."""
 
-    def __init__(self, run: Run, config: ml_collections.ConfigDict, *, labels: list[int] | None = None):
+    def __init__(
+        self,
+        run: Run,
+        config: ml_collections.ConfigDict,
+        *,
+        labels: list[int] | None = None,
+        tokens: np.ndarray | None = None,
+    ):
+        """What the videos show, taken in turn: `labels` (none: all classes), or `tokens` [k, n] of prompts."""
         self.run, self.settings = run, config.sample
-        classes = labels or list(range(run.task.num_classes))
-        self.labels = np.resize(classes, config.sample.count).astype(np.int32) if classes else None
-        self.sample = jax.jit(run.task.sample, static_argnames=("sampler", "steps", "guidance_scale"))
+        told = np.asarray(labels or list(range(run.task.num_classes)), np.int32) if tokens is None else tokens
+        if run.task.text and tokens is None:
+            raise ValueError("the student is told by text: give the tokens of some prompts to sample from")
+        self.told = told[np.arange(config.sample.count) % len(told)] if len(told) else None
+        self.sample = jax.jit(run.task.sample, static_argnames=SAMPLING)
 
     def __call__(self, model, frozen, *, at_once: int = 4) -> np.ndarray:
         """uint8 [count, t, h, w, 3]. `at_once` bounds the memory; if the sampler draws noise it is part of the seed."""
         s = self.settings
-        options = dict(sampler=s.sampler, steps=s.steps, guidance_scale=s.guidance_scale)
+        options = {name: s[name] for name in SAMPLING}
         videos = []
         for first in range(0, s.count, at_once):
             rows = np.arange(first, first + at_once) % s.count  # full batches only: one compilation
             noise = fixed_noise(self.run, first, at_once, s.seed)
-            labels = None if self.labels is None else self.labels[rows]
+            told = None if self.told is None else self.told[rows]
             key = jax.random.fold_in(jax.random.key(s.seed), first)
-            videos.append(to_uint8(self.sample(model, frozen, noise, labels, key, **options)))
+            videos.append(to_uint8(self.sample(model, frozen, noise, told, key, **options)))
         return np.concatenate(videos)[: s.count]
 
 
@@ -61,15 +72,23 @@ class Correspondence:
     """The correspondence figure of one held-out clip: teacher, student at step 0, student now.
 
     The student's tokens are those that the loss sees: behind the head, under a little noise. A run without alignment
-    has neither teacher nor head and no such figure.
+    has neither teacher nor head and no such figure. initial: what is trained, as at step 0; `kept` is the file that its
+    tokens are written to or, without it, read from; with neither there is no such panel.
     """
 
-    def __init__(self, run: Run, config: ml_collections.ConfigDict, clip: dict, initial):
+    def __init__(self, run: Run, config: ml_collections.ConfigDict, clip: dict, initial, kept: Path | None = None):
         self.run, self.config = run, config
         (self.alignment,) = run.task.alignments[:1]
         self.batch = {name: value[:1] for name, value in clip.items()}
         self.tokens = jax.jit(self._tokens)
-        self.initial, _ = fetch(self.tokens(initial, run.frozen, on_device(self.batch)))
+        self.initial = None
+        if initial is not None:
+            self.initial, _ = fetch(self.tokens(initial, run.frozen, on_device(self.batch)))
+            if kept is not None and jax.process_index() == 0:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                np.save(kept, self.initial)
+        elif kept is not None and kept.is_file():
+            self.initial = np.load(kept)
 
     def _tokens(self, trainable, frozen, batch):
         noise = fixed_noise(self.run, 0, 1)
@@ -83,6 +102,7 @@ class Correspondence:
         student, target = fetch(self.tokens(trainable, self.run.frozen, on_device(self.batch)))
         shown = " + ".join(a.teachers) or f"the student's own block {a.teacher_depth}"
         panels = {f"teacher ({shown})": target, "student, step 0": self.initial, f"student, step {step}": student}
+        panels = {title: tokens for title, tokens in panels.items() if tokens is not None}
         clip = video.enlarge(self.batch["video"][0], 128)
         queries = correspondence.moving_queries(clip, a.grid, QUERIES)
         return correspondence.correspondence_figure(clip, panels, queries, a.settings.temperature, path)

@@ -1,5 +1,6 @@
 """Opening a workdir to look at what it learnt: config, run and the trained trees, without the optimizer."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -8,9 +9,10 @@ import jax
 import ml_collections
 
 from jaxalign.data.sources import open_source
+from jaxalign.models import lora
 from jaxalign.training import config as config_lib
-from jaxalign.training import setup
-from jaxalign.training.restore import load_params
+from jaxalign.training import init_from, setup
+from jaxalign.training.restore import find_checkpoint, load_params, read_metadata
 
 
 class Trained(NamedTuple):
@@ -29,11 +31,14 @@ def read_config(workdir: str | Path) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def open_run(workdir: str | Path, *, weights: str = "ema", overrides: dict | None = None) -> Trained:
+def open_run(
+    workdir: str | Path, *, weights: str = "ema", overrides: dict | None = None, with_text: bool = True
+) -> Trained:
     """The newest whole checkpoint of a workdir; `weights` is 'ema' (the average of the student) or 'raw' (the last).
 
     `overrides` are sections of the config, e.g. the alignment and teacher of another run: the student is then looked
-    at through that alignment and has no head of its own. Raises FileNotFoundError without a whole checkpoint.
+    at through that alignment and has no head of its own. `with_text` as in `setup.build`. Raises FileNotFoundError
+    without a whole checkpoint.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights = {weights!r}: write ema (the averaged student) or raw (the last one)")
@@ -42,11 +47,24 @@ def open_run(workdir: str | Path, *, weights: str = "ema", overrides: dict | Non
     config = config_lib.resolve(config)
     # Only the number of classes is the data's; a fixed one spares opening the source.
     classes = len(open_source(config.data.source).classes) if config.model.num_classes == -1 else 0
-    run = setup.build(config, num_classes=classes)
+    run = setup.build(config, num_classes=classes, with_text=with_text)
     abstract = jax.eval_shape(run.init, jax.random.key(0))
     source = "ema" if weights == "ema" else "trainable.model"
+    if run.task.lora is not None:
+        extra = read_metadata(find_checkpoint(workdir))["extra"]
+        init_from.check_base(extra.get("base"), init_from.fingerprint(config, run), str(workdir))
     model, _ = load_params(workdir, abstract["model"], source=source)
     heads = {}
     if run.task.alignments and not overrides:
         heads, _ = load_params(workdir, abstract["heads"], source="trainable.heads")
     return Trained(config, run, {"model": model, "heads": heads})
+
+
+def whole(opened: Trained) -> Trained:
+    """The same run with its student in one piece: adapters merged into their base, all else as it is."""
+    task, frozen = opened.run.task, dict(opened.run.frozen)
+    if task.lora is None:
+        return opened
+    student = lora.merge(frozen.pop("base"), opened.trainable["model"], task.lora.scale)
+    run = dataclasses.replace(opened.run, task=dataclasses.replace(task, lora=None), frozen=frozen)
+    return Trained(opened.config, run, {**opened.trainable, "model": student})

@@ -91,9 +91,9 @@ def test_held_out_is_deterministic_and_by_time(aligned, batch):
 def test_labels_are_dropped_in_the_task_and_only_with_a_key(batch):
     run = small_run(num_classes=3, model=dict(class_dropout=0.5))
     labels = jnp.zeros(1000, jnp.int32)
-    dropped = run.task._condition({"label": labels}, jax.random.key(0))
+    dropped = run.task._condition(run.frozen, {"label": labels}, jax.random.key(0))
     assert 0.4 < float((dropped == 3).mean()) < 0.6 and set(np.unique(dropped)) == {0, 3}
-    np.testing.assert_array_equal(run.task._condition({"label": labels}, None), labels)
+    np.testing.assert_array_equal(run.task._condition(run.frozen, {"label": labels}, None), labels)
 
 
 @pytest.mark.parametrize("objective", ["flow", "ddpm", "v"])

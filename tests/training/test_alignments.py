@@ -147,11 +147,6 @@ def test_what_cannot_meet_says_so():
         build(teacher=dict(drop_first=True))
 
 
-def test_a_student_that_needs_prompts_is_refused():
-    with pytest.raises(ValueError, match=r"'cogvideox': .* no data source gives the prompts .* write vdit"):
-        build(model=dict(name="cogvideox"))
-
-
 def test_weight_zero_switches_everything_off():
     config = base.get_config("demo", align=dict(method="tsa", weight=0.0, beside=dict(x=dict(weight=1.0))))
     config = resolve(config)

@@ -55,7 +55,8 @@ def test_wrong_type_and_missing_file(message):
 
 
 def test_unknown_scale(message):
-    assert "write one of demo, vdit_l, vdit_xl" in message("--config", "configs/tsa.py:huge")
+    said = message("--config", "configs/tsa.py:huge")
+    assert "write one of demo, cogvideox_2b, cogvideox_5b, vdit_l, vdit_xl" in said
 
 
 @pytest.mark.parametrize(

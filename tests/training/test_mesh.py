@@ -1,5 +1,6 @@
 """Meshes and rules. Everything that needs devices runs once, in one process with 8 forced host devices."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,9 +8,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec as P
 
 from jaxalign.training import mesh as meshes
@@ -132,3 +135,78 @@ def test_the_default_mesh_serves_a_module_unchanged():
     placed = jax.device_put(module, meshes.shardings(module, [("kernel", P("fsdp"))], mesh))
     assert jnp.array_equal(placed.qkv.kernel[...], module.qkv.kernel[...])
     assert meshes.replicated(mesh).is_fully_replicated
+
+
+# ---- slices joined by a slow network
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What JAX's mesh_utils reads of a GPU."""
+
+    id: int
+    slice_index: int | None
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+
+    @property
+    def process_index(self) -> int:
+        return self.id // 2
+
+
+def nodes(number: int, each: int) -> list[Device]:
+    """Devices as jax.devices() may list them: not in the order of their slices."""
+    devices = [Device(id=k, slice_index=k // each) for k in range(number * each)]
+    return devices[each:] + devices[:each]
+
+
+def slice_of(mesh: np.ndarray) -> np.ndarray:
+    return np.vectorize(lambda device: device.slice_index)(mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "outer"),
+    [
+        ((4, 1, 1, 2), (2, 1, 1, 1)),
+        ((2, 4, 1, 1), (2, 1, 1, 1)),
+        ((1, 8, 1, 1), (1, 2, 1, 1)),  # fsdp over everything
+        ((2, 1, 4, 1), (2, 1, 1, 1)),
+    ],
+)
+def test_data_and_then_fsdp_go_between_slices(sizes, outer):
+    devices = nodes(2, 4)
+    found = meshes.arrange(devices, sizes)
+    inner = [size // part for size, part in zip(sizes, outer, strict=True)]
+    assert (found == mesh_utils.create_hybrid_device_mesh(inner, outer, devices)).all()
+    assert {device.id for device in found.flat} == set(range(8))
+    # Whoever shares a place in the batch is in one slice, and the places of a slice are next to each other.
+    rows = slice_of(found).reshape(sizes[0] * sizes[1], -1)
+    assert (rows == rows[:, :1]).all() and (np.diff(rows[:, 0]) >= 0).all()
+
+
+def test_six_slices_are_counted_by_both():
+    found = slice_of(meshes.arrange(nodes(6, 4), (2, 6, 2, 1)))
+    assert found.shape == (2, 6, 2, 1)
+    assert (found[:, :, :, 0] == np.repeat([[0, 1, 2], [3, 4, 5]], 2, axis=1)[:, :, None]).all()
+
+
+def test_one_slice_is_as_jax_lays_it():
+    assert [d.id for d in meshes.arrange(nodes(1, 4), (2, 2, 1, 1)).flat] == [0, 1, 2, 3]
+    silent = [Device(id=k, slice_index=None, platform="cpu", device_kind="cpu") for k in range(4)]
+    assert meshes.arrange(silent, (1, 1, 4, 1)).tolist() == [[[[d] for d in silent]]]
+    # Told that they are two slices, the axis that counts them is the outer one.
+    assert [len(group) for group in meshes.slices(silent, 2)] == [2, 2]
+    with pytest.raises(ValueError, match=r"2 slices of 2 devices.* data=1|data=1.*2 slices of 2 devices"):
+        meshes.arrange(silent, (1, 1, 4, 1), 2)
+
+
+def test_slices_that_do_not_fit_are_explained():
+    with pytest.raises(ValueError, match=r"context=8.*2 slices of 4 devices.*cannot count them.*mesh\.dcn=1"):
+        meshes.arrange(nodes(2, 4), (1, 1, 8, 1))
+    assert meshes.arrange(nodes(2, 4), (1, 1, 8, 1), 1).shape == (1, 1, 8, 1)  # on one's own wish
+    with pytest.raises(ValueError, match=r"mesh\.dcn = 4, but there are 2 slice\(s\) of 4, 4 devices"):
+        meshes.arrange(nodes(2, 4), (8, 1, 1, 1), 4)
+    with pytest.raises(ValueError, match="of 4, 3 devices: use slices of one size"):
+        meshes.arrange(sorted(nodes(2, 4), key=lambda d: d.id)[:-1], (7, 1, 1, 1))
+    with pytest.raises(ValueError, match="dcn=0"):
+        meshes.make_mesh(dcn=0)

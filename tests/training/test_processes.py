@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from configs import base
+from jaxalign.interop import sealed
 from jaxalign.training import config as config_lib
-from jaxalign.training import loop, manifest, processes
+from jaxalign.training import loop, processes
 from jaxalign.training.restore import find_checkpoint, load_params, read_metadata
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +75,7 @@ def wait_for(path: Path, pair: list[subprocess.Popen]) -> None:
 def killed(workdir: Path, victim: int) -> None:
     """A run one of whose processes is killed once its first checkpoint is sealed; the other must stop by itself."""
     pair = start(workdir)
-    wait_for(workdir / "checkpoints" / "2" / manifest.NAME, pair)
+    wait_for(workdir / "checkpoints" / "2" / sealed.NAME, pair)
     pair[victim].kill()
     before = time.monotonic()
     status, output = ends([pair[1 - victim]])[0]
@@ -141,7 +142,7 @@ def test_the_first_is_killed(undisturbed, tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_one_step(undisturbed, tmp_path):
     pair = start(tmp_path / "run", "--config.steps=400", "--config.optimizer.schedule=constant")
-    wait_for(tmp_path / "run" / "checkpoints" / "2" / manifest.NAME, pair)
+    wait_for(tmp_path / "run" / "checkpoints" / "2" / sealed.NAME, pair)
     pair[1].send_signal(signal.SIGTERM)
     (first, said), (second, _) = ends(pair)
     assert (first, second) == (143, 143), said
@@ -225,8 +226,9 @@ def test_with_one_process_nothing_is_asked(tmp_path):
     processes.check_agreement({"anything": 1})
     processes.check_shared(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    stop = processes.StopVote(jax.make_mesh((1,), ("data",)))
-    assert [stop(False), stop(True)] == [False, True]
+    vote = processes.Vote(jax.make_mesh((1,), ("data",)))
+    wishes = [processes.GO_ON, processes.SAVE, processes.STOP]
+    assert [vote(wish) for wish in wishes] == wishes and wishes == sorted(wishes)
     for context in (processes.leaving_at_once(), processes.all_or_none("setup")):
         with pytest.raises(ValueError, match="as it is"), context:
             raise ValueError("as it is")

@@ -23,7 +23,7 @@ def lines(*arguments: str) -> list[str]:
 
 
 def test_on_eight_devices():
-    assert lines() == ["sentences"] + ["memory"] * 3 + ["same"] * 5
+    assert lines() == ["sentences"] + ["memory"] * 3 + ["same"] * 5 + ["restored"] * 2
 
 
 @pytest.mark.slow

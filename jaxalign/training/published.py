@@ -1,0 +1,141 @@
+"""A published CogVideoX folder, as diffusers writes it, ready to be sampled from: no run, no config.
+
+FOLDER/model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/scheduler_config.json
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxalign import codecs
+from jaxalign.codecs import folder as parts
+from jaxalign.diffusion import VPrediction
+from jaxalign.interop import mapping
+from jaxalign.models import cogvideox, cogvideox_folder
+from jaxalign.tasks.denoising import DenoisingTask
+
+SAMPLERS = {"CogVideoXDDIMScheduler": "ddim", "CogVideoXDPMScheduler": "dpm"}
+# What our process is built as; a scheduler that says otherwise is another one (diffusers' defaults where it is silent).
+_SAME = dict(
+    beta_schedule=("scaled_linear", "scaled_linear"),
+    prediction_type=("v_prediction", "epsilon"),
+    timestep_spacing=("trailing", "leading"),
+    set_alpha_to_one=(True, True),
+    clip_sample=(False, True),
+    thresholding=(False, False),
+    trained_betas=(None, None),
+)
+
+
+class Process(NamedTuple):
+    """What scheduler_config.json says."""
+
+    process: VPrediction
+    sampler: str
+
+
+class Published(NamedTuple):
+    """The static side of a folder; `load` brings its weights."""
+
+    task: DenoisingTask
+    sampler: str
+    model_config: cogvideox.CogVideoXConfig
+    codec: Any  # abstract
+    latent_shape: tuple[int, int, int, int]
+    extra: int  # latent frames that 1.5 draws in front, to fill its last patch, and that are dropped
+    folder: Path
+
+
+def read_scheduler(path: str | Path) -> Process:
+    """The process and sampler of FOLDER/scheduler/scheduler_config.json. Raises FileNotFoundError, or ValueError for a
+    scheduler that is not CogVideoX's or settings that our process does not have."""
+    path = Path(path) / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; it says how the model was trained to denoise")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        kind = found.get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a scheduler's config ({error})") from None
+    if kind not in SAMPLERS:
+        raise ValueError(f"{path}: this is a {kind}; {' or '.join(SAMPLERS)} is wanted")
+    for name, (ours, default) in _SAME.items():
+        if found.get(name, default) != ours:
+            raise ValueError(f"{path}: {name} is {found.get(name, default)!r}; only {ours!r} is sampled from here")
+    process = VPrediction(
+        num_train_timesteps=found.get("num_train_timesteps", 1000),
+        beta_start=found.get("beta_start", 0.00085),
+        beta_end=found.get("beta_end", 0.012),
+        snr_shift=found.get("snr_shift_scale", 3.0),
+        zero_terminal_snr=found.get("rescale_betas_zero_snr", False),
+    )
+    return Process(process, SAMPLERS[kind])
+
+
+def describe(
+    path: str | Path,
+    *,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    dtype: Any = jnp.float32,
+    tiling: bool = True,
+) -> Published:
+    """What a folder holds, for clips of a size (default: that of its training); no weights are read.
+
+    Raises ValueError or FileNotFoundError, one line: another model's folder, parts that are not there, a size that does
+    not divide (the nearest is said).
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such folder; give the published one, with transformer/ and vae/ in it")
+    upstream, _ = parts.read(path, "transformer", (cogvideox_folder.CLASS,))
+    settings = cogvideox_folder.settings_from(upstream)
+    if settings["image_channels"]:
+        raise ValueError(f"{path}: this transformer is told an image too; only text to video is sampled here")
+    process, sampler = read_scheduler(path)
+    codec = codecs.abstract("cogvideox_2b", path, tiling=tiling)
+    side, patch = codec.config.side_factor, settings["patch_size"]
+    size = (
+        height or upstream.get("sample_height", 60) * side,
+        width or upstream.get("sample_width", 90) * side,
+    )
+    if any(length % (side * patch) for length in size):
+        near = "x".join(str(max(1, round(length / side / patch)) * side * patch) for length in size)
+        raise ValueError(f"{size[0]}x{size[1]}: height and width must be multiples of {side * patch}; write {near}")
+    t, h, w, c = codec.latent_shape((num_frames or upstream.get("sample_frames", 49), *size))
+    extra = -t % (settings["patch_size_t"] or 1)
+    config = cogvideox.CogVideoXConfig(input_size=(h, w), num_frames=t + extra, **settings)
+    if config.in_channels != c:
+        raise ValueError(f"{path}: its transformer takes {config.in_channels} channels, but its vae/ gives {c}")
+    task = DenoisingTask(process=process, text=True, dtype=dtype)
+    return Published(task, sampler, config, codec, (t + extra, h, w, c), extra, path)
+
+
+def load(published: Published, *, sharding: Any = None) -> tuple[Any, Any]:
+    """(student, codec) with their weights in the task's dtype, of each leaf what `sharding` says."""
+    dtype, path = published.task.dtype, published.folder
+    _, arrays = parts.read(path, "transformer", (cogvideox_folder.CLASS,))
+    config = published.model_config
+    abstract = jax.eval_shape(lambda: cogvideox.CogVideoX(config, rngs=nnx.Rngs(0)))
+    rules = cogvideox.weight_rules(config)
+    try:
+        model = mapping.load_state_dict(abstract, arrays, rules, dtype=dtype, sharding=sharding)
+    except ValueError as error:
+        raise ValueError(f"{path}/transformer: {error}") from None
+    tiling = published.codec.config.tiling
+    return model, codecs.load("cogvideox_2b", path, dtype=dtype, sharding=sharding, tiling=tiling)
+
+
+def read_sizes(path: str | Path) -> dict[str, Any]:
+    """The sizes of a student, as a preset has them, out of a folder's transformer/config.json."""
+    if not path or not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"config.model.preset = 'folder' takes its sizes from --config.init_from.path=FOLDER; {str(path)!r} is none"
+        )
+    upstream, _ = parts.read(path, "transformer", (cogvideox_folder.CLASS,))
+    return cogvideox_folder.settings_from(upstream)
