@@ -145,5 +145,5 @@ def _entry(name: str) -> Any:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"write one of {sorted(known)}"
-        raise ValueError(f"config.codec: {name!r} is not known; {hint}")
+        raise ValueError(f"config.codec or config.text.encoder: {name!r} is not known; {hint}")
     return known[name]

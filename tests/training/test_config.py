@@ -57,6 +57,7 @@ def test_wrong_type_and_missing_file(message):
 def test_unknown_scale(message):
     said = message("--config", "configs/tsa.py:huge")
     assert "write one of demo, cogvideox_2b, cogvideox_5b, vdit_l, vdit_xl" in said
+    assert "Traceback" not in said and "configs/tsa.py:huge: scale 'huge'" in said
 
 
 @pytest.mark.parametrize(
