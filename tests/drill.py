@@ -45,6 +45,8 @@ FLAGS = dict(
     },
     **{f"data.{name}": size for name, size in dict(num_frames=2, height=16, width=16, stride=1).items()},
 )
+# A student of 2 blocks of width 32 on 8 tokens: what a start costs is then little but Python.
+TINY = {"model.width": 32, "model.depth": 2, "data.height": 8, "data.width": 8}
 INSIDE = 0.7  # share of the kills that wait for a save to begin; of the others some meet one too
 PATIENCE = 120.0  # seconds after which a run that shows nothing counts as stuck
 
@@ -70,10 +72,13 @@ class Count(NamedTuple):
 # ---- the run that is drilled
 
 
-def command(workdir: Path, steps: int) -> list[str]:
+def command(workdir: Path, steps: int, tiny: bool) -> list[str]:
     """The arguments of jaxalign.main."""
-    flags = [f"--config.{name}={value}" for name, value in (FLAGS | {"steps": steps}).items()]
-    return ["--config", "configs/baseline.py", "--workdir", str(workdir), *flags]
+    changes = FLAGS | (TINY if tiny else {}) | {"steps": steps}
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    # The ladder's config is the one whose width and depth are fields.
+    config = "configs/scaling.py" if tiny else "configs/baseline.py"
+    return ["--config", config, "--workdir", str(workdir), *flags]
 
 
 def run_in_child(arguments: list[str], output: str, cache: str, fresh: bool) -> None:
@@ -96,7 +101,7 @@ def run_in_child(arguments: list[str], output: str, cache: str, fresh: bool) -> 
     config_lib.run_verb(main.main)
 
 
-def starter(home: Path, fresh: bool):
+def starter(home: Path, fresh: bool, tiny: bool):
     """start(workdir, steps) -> (process, the file of its output)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jaxalign.main"])
@@ -105,7 +110,7 @@ def starter(home: Path, fresh: bool):
         output = home / "output.txt"
         output.unlink(missing_ok=True)
         process = context.Process(
-            target=run_in_child, args=(command(workdir, steps), str(output), str(home / "cache"), fresh)
+            target=run_in_child, args=(command(workdir, steps, tiny), str(output), str(home / "cache"), fresh)
         )
         process.start()
         return process, output
@@ -217,15 +222,26 @@ def assert_same_end(one: Path, two: Path) -> int:
 # ---- the drill
 
 
-def drill(home: Path, *, kills: int, seed: int = 0, seconds: float = 3600.0, fresh: bool = False, say=print) -> Count:
+def drill(
+    home: Path,
+    *,
+    kills: int,
+    least: int = 0,
+    seed: int = 0,
+    seconds: float = 3600.0,
+    fresh: bool = False,
+    tiny: bool = False,
+    say=print,
+) -> Count:
     """Kill a run `kills` times (fewer when the `seconds` are over, then it may finish) and check it each time.
 
-    `home` is an empty folder for the runs and their cache of compiled programs. Raises AssertionError, which says
-    what was lost, and RuntimeError when a run hangs.
+    It goes on until `least` kills have met a save. `home` is an empty folder for the runs and their cache of compiled
+    programs; `tiny`: the run is the smallest one. Raises AssertionError, which says what was lost, and RuntimeError
+    when a run hangs.
     """
     moments, deadline = random.Random(seed), time.monotonic() + seconds
     steps = EVERY * (2 + kills)  # so that the kills are over before the run is
-    start = starter(home, fresh)
+    start = starter(home, fresh, tiny)
     whole, workdir = home / "undisturbed", home / "killed"
     process, output = start(whole, steps)
     usual = time_of_saves(process, whole / "checkpoints")
@@ -234,7 +250,7 @@ def drill(home: Path, *, kills: int, seed: int = 0, seconds: float = 3600.0, fre
     say(f"undisturbed: {usual[0]:.1f} s to the first save, {usual[1]:.2f} s a save")
 
     killed = inside = before = lost = 0
-    while killed < kills and time.monotonic() < deadline:
+    while (killed < kills or inside < least) and time.monotonic() < deadline:
         newest = check_disk(workdir)[0]
         process, output = start(workdir, steps)
         first = wait_for_a_moment(process, workdir / "checkpoints", moments, usual)

@@ -55,8 +55,9 @@ def their_videos(pipeline, monkeypatch, **options):
     return frames.permute(0, 1, 3, 4, 2).numpy() * 2 - 1
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [pytest.param("ddim", marks=pytest.mark.slow), "dpm"])
 def test_videos_equal_diffusers(name, folders, monkeypatch, tmp_path, capsys):
+    """(DDIM, of what was exported: tests/test_cogvideox_run.py.)"""
     pipeline, folder = folders[name]
     dynamic = name == "dpm"
     prompts = [*PROMPTS[:1], "cat " * 9] if dynamic else PROMPTS
@@ -84,9 +85,15 @@ def test_videos_equal_diffusers(name, folders, monkeypatch, tmp_path, capsys):
         sample.draw_prompts(subject, prompts, tmp_path, **changes | dict(steps=5))
 
 
+def test_the_scheduler_of_a_folder_is_taken(folders):
+    assert {name: prompted.of_folder(folder, **SIZE).settings["sampler"] for name, (_, folder) in folders.items()} == {
+        name: name for name in KINDS
+    }
+
+
 def test_folders_that_do_not_fit(folders, tmp_path):
     _, folder = folders["ddim"]
-    with pytest.raises(ValueError, match="must be multiples of 16; write 32x48"):
+    with pytest.raises(ValueError, match="must be multiples of 8; write 32x48"):
         published.describe(folder, num_frames=9, height=30, width=44)
     with pytest.raises(ValueError, match="10 frames: this codec takes"):
         published.describe(folder, **SIZE | dict(num_frames=10))

@@ -38,8 +38,11 @@ def same(one, two):
     return all(np.array_equal(a, b) for a, b in leaves)
 
 
-def test_diffusers_loads_it_and_computes_the_same(tiny, tmp_path):
-    """`load_lora_weights` of the pipeline; alpha is not the rank, and stands in the header alone."""
+def test_diffusers_loads_it_and_saves_the_same(tiny, tmp_path):
+    """`load_lora_weights` of the pipeline; alpha is not the rank, and stands in the header alone.
+
+    (What it then computes is compared in tests/test_convert_diffusers.py, whole videos in tests/test_cogvideox_run.py.)
+    """
     pytest.importorskip("peft")
     base, adapters = tiny
     lora_file.write(tmp_path / lora_file.NAME, adapters, RULES, rank=4, alpha=10.0)
@@ -71,9 +74,7 @@ def test_diffusers_loads_it_and_computes_the_same(tiny, tmp_path):
     before = run()
     pipeline.load_lora_weights(str(tmp_path))
     after = run()
-    ours = jax.jit(lambda *a: lora.combine(*a, SETTINGS.scale)(video, times, text)[0])(base, adapters)
     assert np.abs(after - before).max() > 0.1 * np.abs(after).max()
-    assert np.abs(after - ours).max() < 1e-4 * np.abs(after).max()
 
     # and back: what diffusers saves are the same adapters
     theirs.save_lora_adapter(str(tmp_path / "again"), adapter_name="default_0")

@@ -1,4 +1,4 @@
-"""Where a run's weights come from: every kind of path, whole and in part; LoRA runs through the loop and out again."""
+"""Where a run's weights come from: every kind of path, whole and in part; what LoRA runs take for their base."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from configs import base as base_config
 from jaxalign.interop import lora_file, mapping, safetensors_file, weights
 from jaxalign.models import cogvideox, cogvideox_folder, lora
 from jaxalign.training import config as config_lib
-from jaxalign.training import init_from, loop, restore, setup, trained
+from jaxalign.training import init_from, loop, setup, trained
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.mesh import named_leaves
 
@@ -245,65 +245,19 @@ def lora_config(latte, **changes):
     return small(lora=dict(rank=2, alpha=6.0), init_from=dict(path=str(latte)), **changes)
 
 
-@pytest.fixture(scope="module")
-def adapted(latte, tmp_path_factory):
-    """A workdir in which adapters were trained for three steps."""
-    workdir = tmp_path_factory.mktemp("runs") / "lora"
-    config = lora_config(latte)
-    assert loop.train(config, workdir) == 0
-    return workdir, config
-
-
-def test_adapters_are_all_that_is_trained_and_saved(adapted, student):
-    workdir, config = adapted
-    stored = restore.read_metadata(restore.find_checkpoint(workdir))
-    sites = [f"blocks.{i}.attn.{name}" for i in (0, 1) for name in ("proj", "qkv")]
-    names = [f"{site}.lora_{ab}.kernel" for site in sites for ab in "AB"]
-    assert {n for n in stored["leaves"] if n.startswith(("ema", "trainable"))} == {
-        f"{part}.{name}" for part in ("ema", "trainable.model") for name in names
-    }
-    assert sum(n.startswith("opt_state") and ".lora_" in n for n in stored["leaves"]) == 2 * len(names)
-    opened = trained.open_run(workdir, weights="raw")
-    assert same(opened.run.frozen["base"], student)
-    fresh = opened.run.init(jax.random.fold_in(jax.random.key(config.seed), 0))["model"]
-    for name, leaf in named_leaves(opened.trainable["model"]).items():
-        assert not np.array_equal(leaf, named_leaves(fresh)[name]), name
-    whole = trained.whole(opened)
-    assert whole.run.task.lora is None and "base" not in whole.run.frozen
-    assert not np.array_equal(named_leaves(whole.trainable["model"])["blocks.0.attn.qkv.kernel"],
-                              named_leaves(student)["blocks.0.attn.qkv.kernel"])  # fmt: skip
-    noise = np.random.default_rng(0).standard_normal((1, *opened.run.latent_shape)).astype(np.float32)
-    draw = [
-        jax.jit(o.run.task.sample, static_argnames="steps")(
-            o.trainable["model"], o.run.frozen, noise, None, jax.random.key(0), steps=2
-        )
-        for o in (opened, whole)
-    ]
-    np.testing.assert_allclose(*draw, atol=1e-4)
-
-
-def test_another_base_is_noticed(adapted, student, run, latte, tmp_path):
-    workdir, config = adapted
-    rules = run.student.weight_rules(run.model_config)
-    before = latte.read_bytes()
-    other = jax.tree.map(lambda x: x, student)
-    other.final_layer.linear.bias = nnx.Param(other.final_layer.linear.bias[...] + 1)
-    safetensors_file.write(latte, mapping.state_dict(other, rules))
-    try:
-        with pytest.raises(ValueError, match=r"trained upon the base .*latte.safetensors \(digest .*put the first one"):
-            trained.open_run(workdir)
-        with pytest.raises(ValueError, match="put the first one back"):
-            loop.train(config_lib.resolve(config), workdir)
-    finally:
-        latte.write_bytes(before)
+def test_what_a_base_cannot_be(run, latte, tmp_path):
+    """(Trained adapters, what of them is saved, and that another base is noticed: tests/test_cogvideox_run.py.)"""
     with pytest.raises(ValueError, match=r"adapters need a base; write --config\.init_from\.path"):
         setup.build(small(lora=dict(rank=2)))
     with pytest.raises(ValueError, match="names the base, which is taken whole"):
         setup.build(small(lora=dict(rank=2), init_from=dict(path=str(latte), pattern="blocks")))
+    adapters = setup.build(lora_config(latte), abstract=True).init(jax.random.key(0))["model"]
+    with Checkpoints(tmp_path / "checkpoints", say=lambda line: None) as checkpoints:
+        checkpoints.save(3, {"ema": adapters})
     with pytest.raises(ValueError, match=r"that run trained adapters and its checkpoints lack the network"):
-        begun(run, path=str(workdir))
+        begun(run, path=str(tmp_path))
     with pytest.raises(ValueError, match=r"may get newer checkpoints.*name one: .*checkpoints/3$"):
-        setup.build(small(lora=dict(rank=2), init_from=dict(path=str(workdir))))
+        setup.build(small(lora=dict(rank=2), init_from=dict(path=str(tmp_path))))
 
 
 def test_adapters_start_from_a_file(latte, tmp_path):
@@ -337,15 +291,12 @@ def test_adapters_are_cut_over_all_that_cuts_parameters(latte):
 
 
 @pytest.mark.slow
-def test_a_restart_changes_nothing(adapted, latte, tmp_path):
+def test_a_restart_changes_nothing(latte, tmp_path):
     """Two steps, then the rest by another call, which reads the base again: bit for bit the same adapters."""
-    workdir, config = adapted
-    config = config_lib.resolve(config)
-    config.optimizer.schedule = "constant"
+    config = lora_config(latte, optimizer=dict(schedule="constant"))
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert loop.train(config, whole) == 0
     for steps in (2, 3):
         config.steps = steps
         assert loop.train(config, halves) == 0
-    del workdir
     assert same(trained.open_run(whole).trainable["model"], trained.open_run(halves).trainable["model"])
