@@ -113,6 +113,7 @@ def get_config(scale: str = "demo", **method) -> ml_collections.ConfigDict:
 def _defaults() -> dict:
     return dict(
         scale="demo",
+        task="denoising",  # denoising | motion_subspace (MoAlign's stage 1)
         seed=0,
         steps=500,
         batch_size=2,
@@ -170,6 +171,7 @@ def _defaults() -> dict:
             iterations=placeholder(int),  # of a flow network
             frames_at_once=placeholder(int),  # these two bound the memory
             pairs_at_once=placeholder(int),
+            motion_head=placeholder(str),  # folder of a head of motion_subspace: its subspace in place of the tokens
             beside=dict(),  # {label: teacher section}: more teachers of the same alignment; see align.fusion
         ),
         align=dict(
@@ -200,6 +202,21 @@ def _defaults() -> dict:
             # hidden 0 leaves the MLP out; conv: none | same | frame | trd | tsa (alignment/projector.py)
             projector=dict(hidden=256, drop_first=False, time_scale=1, conv="none"),
             beside=dict(),  # {name: fields that differ, with their own teacher=dict(...)}: further alignments
+        ),
+        motion=dict(  # read by task motion_subspace alone
+            # Where the true flow comes from: exact (what source 'synthetic' knows), dis (OpenCV, on the host), a flow
+            # network (raft_small, raft_large, sea_raft_s, sea_raft_m, sea_raft_l); not given: the network's defaults
+            flow=dict(
+                name="exact",
+                weights="",
+                size=placeholder(object),
+                iterations=placeholder(int),
+                pairs_at_once=placeholder(int),
+            ),
+            smooth=0.0,  # errors of flow below it, in fractions of the frame, count by their square; 0: L1 (the paper)
+            hidden=256,
+            width=64,  # of the subspace
+            decoder=128,  # hidden channels of the flow decoder
         ),
         data=dict(
             source="demo",  # demo | synthetic | a folder of videos | a folder of ArrayRecord shards

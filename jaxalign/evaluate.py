@@ -1,4 +1,4 @@
-"""Metrics of finished runs: `python -m jaxalign.evaluate {loss,probe} --workdir RUN [--workdir RUN ...]`, and of
+"""Metrics of finished runs: `python -m jaxalign.evaluate {loss,probe,motion} --workdir RUN [--workdir RUN ...]`, and of
 teachers before a run: `python -m jaxalign.evaluate teachers --teachers NAME[:setting=value...],... --videos WHERE`.
 
 loss    held-out denoising loss by time, alignment distance (the run's own head), motion of samples beside real clips
@@ -7,6 +7,8 @@ probe   how much of the teacher each student holds: the alignment distance on ra
         --workdir with an alignment says which teacher, block and method.
 teachers  what frozen teachers see in videos (a file, a folder or `demo`), to choose one before spending GPU-days on
         it: IICR over k, spectrum and its gap Δ (Align4Gen), PCA maps, trajectories, X-T slices, flow
+motion  of a run of configs/moalign_subspace.py: R² of ridge probes of flow and colour, from its subspace and from as
+        many principal components of the raw tokens, on held-out clips; a CSV, and figures of predicted and true flow
 scaling --root FOLDER: how the held-out loss of a sweep's runs (launch/sweep.py) falls with compute, size and data:
         power laws with intervals, scaling.png and scaling.json there
 
@@ -30,7 +32,7 @@ from jaxalign.metrics import scaling as scaling_laws
 from jaxalign.metrics import teacher_report
 from jaxalign.metrics.motion import motion_magnitude
 from jaxalign.training import config as config_lib
-from jaxalign.training import evaluation, outcomes, prompts, showing
+from jaxalign.training import evaluation, motion_report, outcomes, prompts, showing, subspaces
 from jaxalign.training import probe as probe_lib
 from jaxalign.training.data_settings import clip_settings, split_batch
 from jaxalign.training.trained import open_run, read_config, whole
@@ -148,15 +150,38 @@ def teachers(
         measured.append(teacher_report.measure(one, given.videos, clusters, show=shown, progress=_say_clips(clips)))
     rows = [teacher_report.row(one, clusters) for one in measured]
     paths = teacher_figures.draw(measured, given, shown, clusters, out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "teachers.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    _write_csv(out / "teachers.csv", rows)
     if len({one.shape[1:3] for one in measured if not one.is_flow}) > 1:
         print("note: Δ depends on the grid; compare it between teachers whose rows and columns are equal")
     print("to look at:", *(f"  {path}" for path in [out / "teachers.csv", *paths]), sep="\n")
     return rows
+
+
+def motion(workdirs: Sequence[Path], *, weights: str = "ema", clips: int = 32) -> list[dict]:
+    """Three rows a run, kept in evaluate_motion.csv there beside figures/motion_*.png; see the module's docstring.
+
+    Raises ValueError for a run of another task, FileNotFoundError for a folder that is no run.
+    """
+    rows = []
+    for workdir in workdirs:
+        opened = open_run(workdir, weights=weights, task=subspaces.TASK)
+        own = [{"run": workdir.name, **row} for row in motion_report.measure(opened, clips=clips)]
+        paths = [workdir / "evaluate_motion.csv"]
+        _write_csv(paths[0], own)
+        for k, batch in enumerate(held_out(opened.config, SHOWN_CLIPS, at_once=1)):
+            paths.append(workdir / "figures" / f"motion_{k}.png")
+            showing.PredictedFlow(opened.run, batch)(opened.trainable, None, paths[-1])
+        print("to look at:", *(f"  {path}" for path in paths), sep="\n")
+        rows += own
+    return rows
+
+
+def _write_csv(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _say_clips(count: int):
@@ -209,10 +234,10 @@ def scaling(root: Path, *, replicates: int = scaling_laws.REPLICATES) -> tuple[l
     return rows, numbers
 
 
-def held_out(config, clips: int) -> list[dict]:
-    """The first `clips` held-out clips of a run's source, in batches of equal size."""
+def held_out(config, clips: int, *, at_once: int | None = None) -> list[dict]:
+    """`clips` held-out clips of a run's source, in batches of equal size (default: the run's)."""
     found = pipeline.held_out(prompts.open_told(config), clips, **clip_settings(config))
-    return split_batch(found, min(config.batch_size, clips))
+    return split_batch(found, at_once or min(config.batch_size, clips))
 
 
 def _keep(path: Path, content) -> None:
@@ -232,7 +257,7 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str]) -> int:
     given = flags.FLAGS
-    words = {"loss": loss, "probe": probe}
+    words = {"loss": loss, "probe": probe, "motion": motion}
     if len(argv) != 2 or argv[1] not in (*words, "teachers", "scaling"):
         names = ",".join((*words, "teachers", "scaling"))
         raise ValueError(f"write what to evaluate: python -m jaxalign.evaluate {{{names}}} --workdir RUN")
@@ -247,7 +272,9 @@ def main(argv: list[str]) -> int:
         raise ValueError("--workdir is missing: give the folder of a run")
     if given.weights not in ("ema", "raw"):
         raise ValueError(f"--weights={given.weights}: write ema or raw")
-    options = dict(weights=given.weights, clips=given.clips, times=given.times)
+    options = dict(weights=given.weights, clips=given.clips)
+    if argv[1] != "motion":
+        options["times"] = given.times
     if argv[1] == "probe":
         options |= dict(steps=given.steps, learning_rate=given.learning_rate, seed=given.seed)
     print(table(words[argv[1]]([Path(w) for w in given.workdir], **options)))

@@ -80,6 +80,7 @@ class Source:
     render(window, clip) -> dict, instead of `read`, for sources that make their clips (synthetic);
     recall(item, place, flip) -> dict, instead of `read`, for clips that were computed before (precomputed.py); `given`,
     {name: (shape, dtype)}, is then what training batches hold of it, embedded(prompt) -> [n, d] the stored prompts;
+    beside(row) -> further arrays of a clip, from the row as it will be seen (host_flow.py); with `recall`, not asked;
     skipped: (name, why) of what was found and cannot be used.
     captions: what each item shows, parallel to `items`, '' where nobody said; empty where there are none;
     tokens: [items, n], the captions as a text encoder takes them, set by training/prompts.py; cut_prompts of them were
@@ -101,6 +102,7 @@ class Source:
     recall: Callable | None = None
     given: Mapping[str, tuple[tuple[int, ...], str]] = dataclasses.field(default_factory=dict, compare=False)
     embedded: Callable | None = None
+    beside: Callable | None = None
 
 
 def windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
@@ -182,7 +184,7 @@ def load(source: Source, window: Window, clip: Clip, rng: np.random.Generator, p
         row = source.recall(window.item, float(offset), bool(clip.hflip and flip < 0.5))
         return {**row, "label": item.label, "name": item.name}
     if source.render is not None:  # exact flow would have to be flipped and cropped with it: taken as it is
-        return {**source.render(window, clip), "label": item.label, "name": item.name}
+        return _with_beside(source, {**source.render(window, clip), "label": item.label, "name": item.name})
     stop, label = (window.stop, item.label) if window.stop is not None else source.look(window.item)
     if stop - window.start < clip.fewest:
         raise UnreadableVideo(item.name, f"only {stop - window.start} frames, num_frames={clip.num_frames}")
@@ -197,7 +199,11 @@ def load(source: Source, window: Window, clip: Clip, rng: np.random.Generator, p
     video = video[:, top : top + clip.height, left : left + clip.width]
     if clip.hflip and flip < 0.5:
         video = video[:, :, ::-1]
-    return {"video": np.ascontiguousarray(video), "label": label, "name": item.name}
+    return _with_beside(source, {"video": np.ascontiguousarray(video), "label": label, "name": item.name})
+
+
+def _with_beside(source: Source, row: dict) -> dict:
+    return row if source.beside is None else row | source.beside(row)
 
 
 def _draw(source: Source, item: int, low: int, high: int, clip: Clip, offset: float) -> UInt8[np.ndarray, "t h w 3"]:

@@ -17,22 +17,25 @@ def flow_target(
 ) -> Float[Array, "b n i j 2"]:
     """Flow of all consecutive frames, in pixels -> one flow for each of n token frames, (u/w, v/h); fp32.
 
-    A token frame is a tubelet of two frames and its target the mean of two pair flows. Which ones depends on the clip:
+    A token frame of a video teacher is a tubelet of two frames and its target the mean of two pair flows. Which ones
+    depends on the clip:
       2n flows (2n + 1 frames)   the teacher drops frame 0 (VideoMAEv2 at 49 frames sees 48, methods.md §2); the flow
                                  into the tubelet's first frame and the one inside it
       2n − 1 flows (2n frames)   the flow inside the tubelet and the one to the next; the last tubelet has no next
+      n − 1 flows (n frames)     an image teacher's frame: the flow to the next; the last one has the flow into it
     Space is averaged over the area of the cells of `target_grid`. Raises ValueError for other numbers of flows.
     """
     b, t, h, w, _ = flow.shape
-    if t not in (2 * token_frames, 2 * token_frames - 1):
+    if t == 0 or t not in (2 * token_frames, 2 * token_frames - 1, token_frames - 1):
         raise ValueError(
             f"flow_target: {token_frames} token frames of two frames each have {2 * token_frames - 1} flows between "
             f"frames, or {2 * token_frames} with the frame before them; got {t}"
         )
     flow = flow.astype(jnp.float32) / jnp.array([w, h], jnp.float32)
-    if t % 2:
+    frames = 1 if t == token_frames - 1 else 2
+    if t < frames * token_frames:
         flow = jnp.concatenate([flow, flow[:, -1:]], axis=1)  # the mean of one flow is the flow
-    flow = flow.reshape(b, token_frames, 2, h, w, 2).mean(axis=2)
+    flow = flow.reshape(b, token_frames, frames, h, w, 2).mean(axis=2)
     return area_pool(flow, target_grid((h, w), least=least))
 
 

@@ -22,6 +22,7 @@ from jaxalign.alignment.projector import ProjectorConfig, check_grids
 from jaxalign.alignment.saliency import motion_saliency
 from jaxalign.interop import converted
 from jaxalign.tasks.aligning import Alignment, tokens_part
+from jaxalign.teachers import motion_head
 
 Section = dict[str, Any]
 
@@ -181,21 +182,38 @@ def _load_teachers(
     for wanted in asked:
         # JSON, as a config read back from a workdir has it, makes lists of tuples.
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.items() if v is not None}
-        name, weights = settings.pop("name"), settings.pop("weights")
+        name, weights, head = settings.pop("name"), settings.pop("weights"), settings.pop("motion_head", None)
         if section["grid"] == "student":
             settings["size"] = _meeting_size(name, settings, section, student_grid, clip)
-        identity = json.dumps([name, weights, settings], sort_keys=True)
+        # Tokens behind a motion head are other tokens: they have another name in a batch.
+        label = name if head is None else f"{name}_motion"
+        identity = json.dumps([name, weights, settings, head], sort_keys=True)
         if identity not in loaded:
             keys = [key for key, _ in loaded.values()]
-            key = name if name not in keys else f"{name}_{1 + sum(k.startswith(name) for k in keys)}"
+            key = label if label not in keys else f"{label}_{1 + sum(k.startswith(label) for k in keys)}"
             if abstract or tokens_part(key) in given:
                 noted = converted.note(weights)["settings"] if weights and converted.is_converted(weights) else {}
                 loaded[identity] = key, teachers.abstract(name, **(noted | settings))
             else:
                 loaded[identity] = key, teachers.load(name, weights or None, **settings)
+            if head is not None:
+                loaded[identity] = key, _behind_motion_head(loaded[identity][1], name, head, abstract)
         key, teacher = loaded[identity]
         found[key] = teacher
     return found
+
+
+def _behind_motion_head(teacher, name: str, folder: str, abstract: bool) -> motion_head.MotionTeacher:
+    """The teacher with its motion head; one with shapes alone for a folder that is not named yet."""
+    shapes = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(teacher))
+    if folder:
+        return motion_head.load(folder, name=name, teacher=teacher, abstract=shapes)
+    if not abstract:
+        raise ValueError(
+            "config.teacher.motion_head is empty: train a head with configs/moalign_subspace.py and give "
+            "--config.teacher.motion_head=WORKDIR/motion_head (None: the teacher's own tokens are the target)"
+        )
+    return motion_head.MotionTeacher(teacher, motion_head.fresh(teacher.width))
 
 
 def _meeting_size(name: str, settings: dict, section: Section, student_grid: Grid, clip: Grid) -> tuple[int, int]:

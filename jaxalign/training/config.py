@@ -18,6 +18,7 @@ from jaxalign.alignment import methods
 # What may change when a workdir is resumed: how long, how often, on which machines; never what is computed.
 NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every", "mesh", "data.workers")
 
+TASKS = ("denoising", "motion_subspace")
 METHODS = ("none", *methods.METHODS)
 _CHOICES = {
     "precision": ("fp32", "bf16"),
@@ -99,7 +100,10 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
     except (ImportError, OSError) as error:
         sys.exit(_fail(f"--config: cannot read the file: {error}"))
     except (flags.Error, ValueError, TypeError) as error:
-        sys.exit(_fail(re.sub(r"^flag --(config\.[\w.]+)=", r"\1 = ", str(error))))
+        # ml_collections wraps an error of a config file in the text of its traceback
+        inner = re.search(r"^flag --config=(.*?): Error whilst parsing config file:.*\n\w+: (.*)", str(error), re.S)
+        text = f"{inner[1]}: {inner[2]}" if inner else re.sub(r"^flag --(config\.[\w.]+)=", r"\1 = ", str(error))
+        sys.exit(_fail(text))
 
 
 def _unknown_field(argv: list[str], text: str) -> str:
@@ -135,6 +139,8 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     for field in _POSITIVE:
         if flat[field] < 1:
             raise ValueError(f"config.{field} = {flat[field]}: must be at least 1")
+    if flat.get("task", TASKS[0]) not in TASKS:
+        raise ValueError(f"config.task = {config.task!r}: write one of {', '.join(TASKS)}")
     if config.data.stride < 0:
         raise ValueError(f"config.data.stride = {config.data.stride}: write 0 (a clip spans its video) or more")
     if not 0 <= config.text.dropout < 1:
@@ -177,7 +183,13 @@ def identity(config: ml_collections.ConfigDict | Mapping) -> dict:
     unread = ("align", "teacher") if flat["align.method"] == "none" else ()
     unread += () if flat.get("lora.rank") else ("lora",)
     unread += () if flat.get("init_from.path") else ("init_from",)
+    if flat.get("task", TASKS[0]) == TASKS[0]:
+        unread += ("task", "motion")
+    else:
+        unread = tuple(name for name in unread if name != "teacher")
     kept = {k: v for k, v in flat.items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY + unread)}
+    # A run of before there were motion heads names none.
+    kept = {k: v for k, v in kept.items() if not (v is None and k.endswith("teacher.motion_head"))}
     return json.loads(json.dumps(kept))
 
 

@@ -130,7 +130,7 @@ def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
     prompts of config.sample that are not there.
     """
     folder = precomputed.open_folder(path)
-    _refuse(folder, _asked_of(folder.clips, config), of_clips(config), "clips")
+    refuse_clips(folder, config)
     run = setup.build(config, num_classes=len(folder.clips.classes), abstract=True)
     video, parts, notes, needs_video = folder.series.get("video"), {}, [], False
 
@@ -185,6 +185,11 @@ def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
                 "and the same config.sample.prompts"
             ) from None
     return source
+
+
+def refuse_clips(folder: Folder, config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError, one line, for a folder of other clips than a config asks."""
+    _refuse(folder, _asked_of(folder.clips, config), of_clips(config), "clips")
 
 
 def _asked_of(clips: Clips, config) -> Fields:

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from jaxalign.training.mesh import batch_sharding
 
-# What a task reads, if the batch has it: these, and "teacher/KEY", "saliency/GRID" (tasks/aligning.py).
-BATCH_PARTS = ("video", "label", "tokens", "moments", "prompt", "teacher", "saliency")
+# What a task reads, if the batch has it: these, and "teacher/KEY", "saliency/GRID" (tasks/aligning.py), "motion/flow"
+# (tasks/motion_subspace.py).
+BATCH_PARTS = ("video", "label", "tokens", "moments", "prompt", "teacher", "saliency", "motion")
 
 
 def clip_settings(config: ml_collections.ConfigDict) -> dict[str, int | str]:
@@ -30,10 +31,12 @@ def abstract_batch(
     *,
     text: bool,
     given: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    beside: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and placement of a global batch, with the tokens of a prompt where the student is told by `text`.
 
-    `given`, {name: (shape of a row, dtype)}, is what batches hold instead that were computed before (`Source.given`).
+    `given`, {name: (shape of a row, dtype)}, is what batches hold instead that were computed before (`Source.given`);
+    `beside`, likewise, what they hold as well (`Source.beside`).
     """
     b, d = config.batch_size, config.data
     batch = {"video": ((b, d.num_frames, d.height, d.width, 3), np.uint8), "label": ((b,), np.int32)}
@@ -41,6 +44,7 @@ def abstract_batch(
         batch["tokens"] = (b, config.text.tokens), np.int32
     if given:
         batch = {"label": batch["label"]} | {k: ((b, *shape), jnp.dtype(dtype)) for k, (shape, dtype) in given.items()}
+    batch |= {k: ((b, *shape), jnp.dtype(dtype)) for k, (shape, dtype) in (beside or {}).items()}
     rows = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in batch.items()}
 

@@ -51,5 +51,7 @@ def held_out_losses(
 def summarise(losses: dict[str, np.ndarray]) -> dict[str, float]:
     """The mean over times of each loss, and denoising by third of the process (little, middling, much noise)."""
     means = {name: float(values.mean()) for name, values in losses.items()}
+    if "denoising" not in losses:
+        return means
     thirds = np.array_split(losses["denoising"], 3)
     return means | {f"denoising_{n}": float(v.mean()) for n, v in zip(("low", "mid", "high"), thirds, strict=True)}

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,13 +27,14 @@ from jaxalign.training import (
     prompts,
     setup,
     showing,
+    subspaces,
     tensorboard,
 )
 from jaxalign.training import config as config_lib
 from jaxalign.training.checkpoint import Checkpoints, check_writable
 from jaxalign.training.data_settings import abstract_batch, clip_settings, split_batch, task_parts
 from jaxalign.training.interrupt import Interrupts, Maintenance
-from jaxalign.training.mesh import batch_sharding, process_share
+from jaxalign.training.mesh import batch_sharding, fetch, process_share
 from jaxalign.training.optimizer import learning_rate
 from jaxalign.training.prepare import compiled_step, prepare
 from jaxalign.training.report import Report, first_screen
@@ -97,7 +99,7 @@ def train(
         start = int(state.step)
         if start >= config.steps:
             report.say(f"{workdir} is finished: step {start} of {config.steps}")
-            return finish(report, workdir)
+            return finish(report, workdir, leave(config, run, state, workdir))
         report.first_screen(
             {"student": state.trainable["model"], "heads": state.trainable["heads"]},
             mesh=mesh,
@@ -111,8 +113,11 @@ def train(
         # ---- What is compiled: the step, and what looks at the run from time to time.
         step = compiled_step(config, run, optimizer, abstract)
         measure = evaluation.make_held_out(run)
-        sampler = showing.Sampler(run, config, tokens=prompts.for_samples(config, held_out, source))
-        figure = cosine = None
+        sampler = figure = cosine = None
+        if hasattr(run.task, "sample"):
+            sampler = showing.Sampler(run, config, tokens=prompts.for_samples(config, held_out, source))
+        else:
+            figure = showing.PredictedFlow(run, held_out[0])
         held_out_now: dict[str, float] = {}
         if run.task.alignments:
             # A student that did not start fresh cannot be made again: its tokens at step 0 are kept in a file.
@@ -131,25 +136,26 @@ def train(
                 held_out_now.update(evaluation.summarise(losses))
                 report.scalars(number, {f"held_out/{k}": v for k, v in held_out_now.items()})
             if number % config.sample_every == 0 or number == config.steps:
-                # A large student's videos are drawn one a device; a small one's in fours, whatever the mesh.
-                rows = mesh.shape["data"] * mesh.shape["fsdp"]
-                videos = sampler(state.ema, run.frozen, at_once=max(4, rows) if run.task.text else 4)
-                report.video(number, "samples", grid(enlarge(videos, 128)), config.sample.fps)
-                with report.writing("samples"):
-                    if report.active:
-                        showing.write_samples(workdir / "samples", f"step_{number:06d}", videos, config.sample.fps)
+                if sampler is not None:
+                    # A large student's videos are drawn one a device; a small one's in fours, whatever the mesh.
+                    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+                    videos = sampler(state.ema, run.frozen, at_once=max(4, rows) if run.task.text else 4)
+                    report.video(number, "samples", grid(enlarge(videos, 128)), config.sample.fps)
+                    with report.writing("samples"):
+                        if report.active:
+                            showing.write_samples(workdir / "samples", f"step_{number:06d}", videos, config.sample.fps)
                 if figure is not None:
-                    path = workdir / "figures" / f"correspondence_{number:06d}.png"
+                    path = workdir / "figures" / f"{figure.name}_{number:06d}.png"
                     with report.writing("figures"):
                         report.figure(
-                            number, "correspondence", figure(state.trainable, number, path if report.active else None)
+                            number, figure.name, figure(state.trainable, number, path if report.active else None)
                         )
 
         # ---- One step after the other.
         batches = data.iterate(start)
         unreadable: Counter[str] = Counter()
         nonfinite = 0
-        shown = ("loss", "denoising", *(f"align/{a.name}" for a in run.task.alignments))
+        shown = ("loss", "denoising", "end_point_error", *(f"align/{a.name}" for a in run.task.alignments))
         pending = None  # the step before, whose metrics are read while this one is computed
         chip = chips.chip_of(here["device_kind"])
         watch = Stopwatch(config.batch_size * int(np.prod(run.student_grid)), chip and chip.flops * mesh.size)
@@ -229,7 +235,7 @@ def train(
             by = interrupts.name if interrupts else "a signal to another process"
             report.say(f"stopped by {by} at step {number}, {saved}; the same command goes on from here")
             return interrupts.status if interrupts else 128 + signal.SIGTERM
-        return finish(report, workdir)
+        return finish(report, workdir, leave(config, run, state, workdir))
 
 
 def open_data(config: ml_collections.ConfigDict, source: Source, mesh: jax.sharding.Mesh):
@@ -255,7 +261,8 @@ def dry_run(config: ml_collections.ConfigDict) -> int:
     trees = {"student": abstract.trainable["model"], "heads": abstract.trainable["heads"]}
     print(first_screen(trees, mesh=mesh, facts=describe(config, run)))
     print("\n".join(describe_source(source, **clip_settings(config))), flush=True)
-    batch = abstract_batch(config, mesh, text=run.task.text, given=source.given)
+    held = dict(given=source.given, beside=subspaces.beside(config))
+    batch = abstract_batch(config, mesh, text=run.task.text, **held)
     step = compiled_step(config, run, optimizer, abstract)
     memory = step.lower(abstract, run.frozen, batch, jax.random.key(0)).compile().memory_analysis()
     print(
@@ -265,20 +272,31 @@ def dry_run(config: ml_collections.ConfigDict) -> int:
     return 0
 
 
-def finish(report: Report, workdir: Path) -> int:
-    """Draw the curves, then name the files that a person will want to open, the pictures first."""
+def leave(config: ml_collections.ConfigDict, run: setup.Run, state, workdir: Path) -> list[Path]:
+    """What a finished run leaves beside its checkpoints for another to take: the motion head of a subspace."""
+    if not subspaces.is_subspace(config):
+        return []
+    model = fetch(state.ema)
+    return [subspaces.save_head(config, run, model, workdir / "motion_head")] if jax.process_index() == 0 else []
+
+
+def finish(report: Report, workdir: Path, left: Sequence[Path] = ()) -> int:
+    """Draw the curves, then name the files that a person will want to open, the pictures first, and what is `left`."""
     if not report.active:
         return 0
     rows = tensorboard.read_scalars(workdir / "tensorboard")
-    keys = ["train/denoising", *sorted(k for k in dict.fromkeys(k for r in rows for k in r) if DRAWN.fullmatch(k))]
+    found = dict.fromkeys(k for row in rows for k in row)
+    keys = ["train/denoising", "train/flow", *sorted(k for k in found if DRAWN.fullmatch(k))]
     if rows:
         with report.writing("figures"):
             curves.loss_curves(rows, workdir / "figures" / "curves.png", keys=keys)
     report.say("look at:")
-    for pattern in ("figures/correspondence_*.png", "figures/curves.png", "samples/*.mp4", "samples/*.png"):
+    pictures = ("figures/correspondence_*.png", "figures/flow_*.png", "figures/curves.png")
+    for pattern in (*pictures, "samples/*.mp4", "samples/*.png"):
         if newest := sorted(workdir.glob(pattern))[-1:]:
             report.say(f"  {newest[0]}")
-    report.say(f"  {workdir / 'summary.json'}")
+    for path in (*left, workdir / "summary.json"):
+        report.say(f"  {path}")
     report.say(f"  tensorboard --logdir {workdir / 'tensorboard'}")
     return 0
 
@@ -305,6 +323,8 @@ def describe_start(config: ml_collections.ConfigDict, start: int, found) -> str:
 
 def describe(config: ml_collections.ConfigDict, run: setup.Run) -> dict[str, str]:
     """What is minimised, on which tokens, and who is aligned with whom."""
+    if subspaces.is_subspace(config):
+        return subspaces.describe(config, run)
     facts = {
         "objective": f"{config.objective}, {config.precision}, batch {config.batch_size}",
         "tokens": f"{run.student_grid} (t, h, w)",

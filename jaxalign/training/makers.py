@@ -19,6 +19,7 @@ from jaxalign.data.clips import SPLITS, Source
 from jaxalign.data.precomputed import Folder, Series
 from jaxalign.tasks import aligning
 from jaxalign.tasks.denoising import pixels
+from jaxalign.tasks.motion_subspace import TARGET_PART
 from jaxalign.teachers import raft, sea_raft
 from jaxalign.teachers.flow_target import flow_target
 from jaxalign.training import contents, environment, setup
@@ -91,7 +92,7 @@ def networks(
     unasked = []
     if "teachers" not in options.what:
         abstract = setup.build(plain, num_classes=len(source.classes), abstract=True)
-        unasked = [aligning.tokens_part(key) for key in abstract.frozen["teachers"]]
+        unasked = [TARGET_PART, *(aligning.tokens_part(key) for key in abstract.frozen["teachers"])]
     run = setup.build(plain, num_classes=len(source.classes), mesh=mesh, with_text=text, given=unasked)
     frozen = {name: tree for name, tree in run.frozen.items() if name != "null_prompt"}
     if "flow" in options.what:
@@ -105,7 +106,7 @@ def networks(
 
 def makers(config: ml_collections.ConfigDict, run: setup.Run, options: Options, folder: Folder) -> list[Maker]:
     """What makes the clips' series. Every one is compiled alone: its bits do not depend on what else is asked."""
-    found, codec = [], run.frozen["codec"]
+    found, codec = [], run.frozen.get("codec")  # motion_subspace has none
     has_moments = hasattr(codec, "moments")
     video = "video" in options.what or ("latents" in options.what and not has_moments)
     if "latents" in options.what and has_moments:
@@ -120,7 +121,7 @@ def makers(config: ml_collections.ConfigDict, run: setup.Run, options: Options, 
     if "flow" in options.what:
         name = options.flow_network
         fields = contents.of_teacher(name, options.flow_weights, run.frozen["flow"], config.precision, "flow")
-        look = functools.partial(_flow, token_frames=config.data.num_frames // 2)
+        look = functools.partial(_flow, token_frames=getattr(run.task, "token_frames", config.data.num_frames // 2))
         found.append(Maker("flow_target", fields, run.frozen["flow"], look))
     if video:
         found.append(Maker("video", {}))

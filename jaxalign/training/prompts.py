@@ -14,9 +14,10 @@ from jaxalign import codecs
 from jaxalign.data import captions
 from jaxalign.data.clips import Clip, Source, windows
 from jaxalign.data.sources import open_source
-from jaxalign.training import contents
+from jaxalign.training import contents, flow_data
 from jaxalign.training.data_settings import clip_settings
 from jaxalign.training.setup import is_told_by_text, text_weights
+from jaxalign.training.subspaces import is_subspace
 
 AT_ONCE = 10_000  # captions that are tokenised together: what the tokenizer makes of a million takes gigabytes
 
@@ -24,10 +25,13 @@ AT_ONCE = 10_000  # captions that are tokenised together: what the tokenizer mak
 def open_told(config: ml_collections.ConfigDict) -> Source:
     """The source of config.data.source, with the captions of its videos as tokens where the student is told by text.
 
-    A precomputed one gives all that the run need not compute (`contents.bind`). Raises ValueError or OSError, one line,
+    A precomputed one gives all that the run need not compute (`contents.bind`), the task motion_subspace has flow
+    beside the clips (`flow_data`). Raises ValueError or OSError, one line,
     also for videos without captions.
     """
     d = config.data
+    if is_subspace(config):
+        return flow_data.open_with_flow(config)
     source = open_source(d.source)
     if source.recall is not None:
         return contents.bind(config, source.name)

@@ -21,8 +21,9 @@ from jaxalign.models import MODELS, Student
 from jaxalign.models import lora as lora_lib
 from jaxalign.tasks import aligning
 from jaxalign.tasks.denoising import DenoisingTask
+from jaxalign.tasks.motion_subspace import MotionSubspaceTask
 from jaxalign.training import alignments as alignments_lib
-from jaxalign.training import init_from, published
+from jaxalign.training import init_from, published, subspaces
 from jaxalign.training.mesh import Rules, put, shardings, spread_frozen
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
@@ -30,13 +31,13 @@ DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a config describes; `student_grid` is (t, h, w) in tokens."""
+    """What a config describes; `student_grid` is (t, h, w) in tokens, `latent_shape` () where there are no latents."""
 
-    task: DenoisingTask
+    task: DenoisingTask | MotionSubspaceTask
     student: Student
     model_config: Any
     frozen: dict[str, Any]
-    latent_shape: tuple[int, int, int, int]
+    latent_shape: tuple[int, ...]
     student_grid: Grid
 
     @property
@@ -77,6 +78,11 @@ def build(
     are read. Raises ValueError or OSError, one line, for sizes that do not divide, grids that do not meet and weights
     that are not there.
     """
+    if subspaces.is_subspace(config):
+        task, model_config, frozen = subspaces.parts(config, abstract=abstract, given=given)
+        task = dataclasses.replace(task, dtype=DTYPES[config.precision])
+        frozen = {name: _cast(network, task.dtype) for name, network in frozen.items()}
+        return Run(task, subspaces.ENTRY, model_config, frozen, (), model_config.grid)
     student, sizes = _student(config)
     codec = _codec(config, abstract)
     told_by_text = is_told_by_text(config)

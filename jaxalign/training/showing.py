@@ -9,9 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jaxalign.figures import correspondence, video
+from jaxalign.figures.flow import flow_figure
 from jaxalign.training.evaluation import fixed_noise, on_device
 from jaxalign.training.mesh import fetch
 from jaxalign.training.setup import Run
+from jaxalign.training.subspaces import panels
 
 FIGURE_FRACTION = 0.25  # the share of noise under which the student is asked; the teacher sees the clean clip
 QUERIES = 4
@@ -76,6 +78,8 @@ class Correspondence:
     tokens are written to or, without it, read from; with neither there is no such panel.
     """
 
+    name = "correspondence"
+
     def __init__(self, run: Run, config: ml_collections.ConfigDict, clip: dict, initial, kept: Path | None = None):
         self.run, self.config = run, config
         (self.alignment,) = run.task.alignments[:1]
@@ -106,3 +110,19 @@ class Correspondence:
         clip = video.enlarge(self.batch["video"][0], 128)
         queries = correspondence.moving_queries(clip, a.grid, QUERIES)
         return correspondence.correspondence_figure(clip, panels, queries, a.settings.temperature, path)
+
+
+class PredictedFlow:
+    """The figure of the task motion_subspace: true and predicted flow of one held-out clip."""
+
+    name = "flow"
+
+    def __init__(self, run: Run, clip: dict):
+        self.batch = {name: value[:1] for name, value in clip.items()}
+        self.ask = panels(run, run.frozen, on_device(self.batch), self.batch["video"].shape[2:4])
+
+    def __call__(self, trainable, step: int | None, path: Path | None) -> Figure:
+        """The figure of step `step`, which its title names, written as PNG to `path` too (None: not)."""
+        rows = {name: fetch(flow) for name, flow in self.ask(trainable["model"]).items()}
+        title = "" if step is None else f"step {step}"
+        return flow_figure(video.enlarge(self.batch["video"][0], 128), rows, path, title=title)

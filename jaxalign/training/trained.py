@@ -32,17 +32,25 @@ def read_config(workdir: str | Path) -> ml_collections.ConfigDict:
 
 
 def open_run(
-    workdir: str | Path, *, weights: str = "ema", overrides: dict | None = None, with_text: bool = True
+    workdir: str | Path,
+    *,
+    weights: str = "ema",
+    overrides: dict | None = None,
+    with_text: bool = True,
+    task: str = "denoising",
 ) -> Trained:
     """The newest whole checkpoint of a workdir; `weights` is 'ema' (the average of the student) or 'raw' (the last).
 
     `overrides` are sections of the config, e.g. the alignment and teacher of another run: the student is then looked
     at through that alignment and has no head of its own. `with_text` as in `setup.build`. Raises FileNotFoundError
-    without a whole checkpoint.
+    without a whole checkpoint, ValueError for a run of another `task`.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights = {weights!r}: write ema (the averaged student) or raw (the last one)")
     config = read_config(workdir)
+    if (found := config.get("task", "denoising")) != task:
+        verb = "evaluate motion" if found == "motion_subspace" else "evaluate loss"
+        raise ValueError(f"{workdir} is a run of task {found}, not {task}: look at it with python -m jaxalign.{verb}")
     config.update(overrides or {})
     config = config_lib.resolve(config)
     # Only the number of classes is the data's; a fixed one spares opening the source.

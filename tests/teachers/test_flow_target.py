@@ -50,3 +50,9 @@ def test_grid_has_at_least_40x60_where_the_frame_has(frame, grid):
 def test_other_numbers_of_flows_are_refused():
     with pytest.raises(ValueError, match="24 token frames of two frames each have 47 flows between frames, or 48"):
         flow_target(jnp.zeros((1, 49, 8, 8, 2)), 24)
+
+
+def test_a_frame_of_an_image_teacher_has_the_flow_to_the_next_one():
+    flow = np.random.default_rng(0).normal(size=(1, 3, 4, 8, 2)).astype(np.float32)
+    found = np.asarray(flow_target(jnp.asarray(flow), 4))
+    np.testing.assert_allclose(found, flow[:, [0, 1, 2, 2]] / [8, 4], rtol=1e-6)
