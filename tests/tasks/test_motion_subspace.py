@@ -250,7 +250,7 @@ def test_dis_finds_a_shift():
 def test_without_opencv_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     config = stage_1(motion=dict(flow=dict(name="dis")), data=dict(source="demo"))
-    with pytest.raises(ImportError, match=r"jaxalign\[demo\]"):
+    with pytest.raises(ImportError, match=r"jaxalign\[flow\]"):
         open_told(config)
 
 
