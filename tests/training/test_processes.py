@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import base
+from configs import base, tsa
 from jaxalign.interop import sealed
 from jaxalign.training import config as config_lib
 from jaxalign.training import loop, processes
@@ -173,7 +173,7 @@ def test_who_differs_is_said_and_nothing_is_written(tmp_path):
 def test_every_axis_between_processes(tmp_path, axis):
     """M-TSA with all that a run shows of itself; the processes read the same clips unless the axis is the batch's."""
     assert_both_finish(tmp_path / "two", "--config.mesh.data=1", f"--config.mesh.{axis}=2", config="tsa")
-    config = base.get_config("demo", align=dict(method="m_tsa", weight=0.1, temperature=0.1, mask_ratio=0.2))
+    config = tsa.get_config("demo")
     config.update(SMALL)
     assert loop.train(config_lib.resolve(config), tmp_path / "one") == 0
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
