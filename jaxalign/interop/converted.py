@@ -11,8 +11,6 @@ The folder gets its name when everything is in it: one that is there is whole.
 import gc
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,10 +65,7 @@ def write(folder: str | Path, module: Any, *, kept: mapping.Arrays | None = None
     folder = check_free(folder)
     arrays = dict(mapping.named_leaves(module)[0])
     leaves = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in arrays.items()}
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
+    with sealed.whole_folder(folder) as temporary:
         with _orbax() as checkpointer:  # whole leaves: cut into chunks, they would be copied all at once
             checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
         text = json.dumps({"format": FORMAT, **about, "kept": sorted(kept or {}), "leaves": leaves}, indent=1)
@@ -78,13 +73,6 @@ def write(folder: str | Path, module: Any, *, kept: mapping.Arrays | None = None
         if kept:
             safetensors_file.write(temporary / KEPT, kept)
         sealed.write_manifest(temporary)
-        if folder.exists():
-            folder.rmdir()  # empty: `check_free`
-        temporary.rename(folder)
-        sealed.sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return folder
 
 

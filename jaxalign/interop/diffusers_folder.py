@@ -7,7 +7,6 @@ OUT/transformer/config.json, diffusion_pytorch_model[-0000K-of-0000N].safetensor
 import itertools
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,10 +60,8 @@ def write(
     FileExistsError, OSError.
     """
     out, published = converted.check_free(out), Path(published).absolute()
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        (temporary / part).mkdir(parents=True)
+    with sealed.whole_folder(out) as temporary:
+        (temporary / part).mkdir()
         text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
         (temporary / part / "config.json").write_text(text, encoding="utf-8")
         write_weights(temporary / part, shapes, arrays, shard=shard)
@@ -77,13 +74,6 @@ def write(
                 shutil.copytree(entry, temporary / entry.name)  # what links lead to, as in a download cache
             else:
                 shutil.copy2(entry, temporary / entry.name)
-        if out.exists():
-            out.rmdir()  # empty: `check_free`
-        temporary.rename(out)
-        sealed.sync(out.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return out
 
 

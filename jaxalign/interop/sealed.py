@@ -5,10 +5,12 @@ checkpoint, or a converted network, counts as one only while its manifest exists
 crash at any earlier moment leaves a folder without a manifest, which nobody picks.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +25,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that is called `folder`, which is free or empty, once it is whole; of half a one nothing stays."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -107,21 +107,8 @@ class DenoisingTask:
 
         return jax.lax.map(at, fractions)
 
-    def sample(
-        self,
-        model,
-        frozen: Frozen,
-        noise: Float[Array, "b t h w c"],
-        condition: Int[Array, " b"] | Int[Array, "b n"] | Float[Array, "b n d"] | None,
-        key,
-        *,
-        sampler: str = "",
-        steps: int = 50,
-        guidance_scale: float | int = 1.0,
-        dynamic_guidance: bool = False,
-    ) -> Float[Array, "b s i j 3"]:
-        """Videos in [-1, 1] from standard normal latents; `latents` says how they are drawn."""
-        options = dict(sampler=sampler, steps=steps, guidance_scale=guidance_scale, dynamic_guidance=dynamic_guidance)
+    def sample(self, model, frozen: Frozen, noise: Float[Array, "b t h w c"], condition, key, **options):
+        """Videos [b, s, i, j, 3] in [-1, 1] from standard normal noise; arguments as `latents`."""
         return self.decode(frozen, self.latents(model, frozen, noise, condition, key, **options))
 
     def latents(

@@ -1,4 +1,4 @@
-"""What accelerators can do at most, from their makers' data sheets: for MFU, and for plans made without them."""
+"""What accelerators can do at most, by their makers' published figures: for MFU, and for plans made without them."""
 
 import dataclasses
 import re
@@ -18,9 +18,10 @@ class Chip:
     far_rate: float | None  # to chips of other domains: a chip's share of the network; None: the maker does not say
 
 
-# NVIDIA H100 Tensor Core GPU data sheet, SXM: 1,979 TFLOP/s of bf16 with sparsity are 989 dense; 80 GB at 3.35 TB/s;
-# NVLink 900 GB/s in both directions together; H200 data sheet: 141 GB at 4.8 TB/s. DGX H100 data sheet: 8 GPUs on
-# NVSwitch and a 400 Gb/s network adapter for each. The PCIe cards are slower and have other device kinds.
+# NVIDIA's figures as commonly quoted, not compared with its data sheets. H100 SXM: 1,979 TFLOP/s of bf16 with sparsity
+# are 989 dense; 80 GB at 3.35 TB/s; NVLink 900 GB/s in both directions together. H200: 141 GB at 4.8 TB/s.
+# DGX H100: 8 GPUs on NVSwitch and a 400 Gb/s network adapter for each.
+# The PCIe cards are slower and have other device kinds. Google's figures, looked up:
 # docs.cloud.google.com/tpu/docs/v5p: 459 TFLOP/s, 95 GB at 2,765 GB/s, links of 1,200 GB/s both ways in a 3-D torus of
 # at most 6,144 chips; .../v6e: 918 TFLOP/s, 32 GB at 1,638 GB/s, links of 800 GB/s both ways in a 2-D torus of 256.
 # The rate of a torus is that of all its links together, as when an axis of the mesh lies along all its dimensions.
