@@ -29,7 +29,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that is called `folder`, which is free or empty, once it is whole; of half a one nothing stays."""
+    """A folder to fill that is called `folder` (free, or empty) once it is whole; of half a one nothing stays."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
