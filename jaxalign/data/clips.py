@@ -76,6 +76,7 @@ class Source:
     """A list of videos and how to read them; picklable, so that decode workers can have it.
 
     read(item, start, stop, step, cover) -> (uint8 [t,h,w,3], thumbnails of frames start … stop-1);
+    read.seen(item, start, stop), where a reader has it -> those thumbnails if they are known already, else None;
     look(item) -> (frames, label), for items whose `frames` is None;
     render(window, clip) -> dict, instead of `read`, for sources that make their clips (synthetic);
     recall(item, place, flip) -> dict, instead of `read`, for clips that were computed before (precomputed.py); `given`,
@@ -221,19 +222,23 @@ def _draw(source: Source, item: int, low: int, high: int, clip: Clip, offset: fl
     span = (clip.num_frames - 1) * step + 1
     room = high - low - span
     start = low + min(room, int(offset * (room + 1)))
-    tried, waiting, first = set(), [start], None
+    tried, waiting, first = [], [start], None
+    seen = getattr(source.read, "seen", lambda *place: None)
     while waiting and len(tried) < 5:
         start = waiting.pop(0)
-        tried.add(start)
-        video, thumbs = source.read(item, start, start + span, step, cover)
-        first = video if first is None else first
+        tried.append(start)
+        # A place that is known to lie across a cut is not read.
+        video, thumbs = None, seen(item, start, start + span)
+        if thumbs is None:
+            video, thumbs = source.read(item, start, start + span, step, cover)
+        first = video if len(tried) == 1 else first
         cuts = find_cuts(thumbs)
         if not cuts:
-            return video
+            return source.read(item, start, start + span, step, cover)[0] if video is None else video
         # The shot after the last cut and the shot before the first one; the nearer of the two first.
         places = sorted((start + cuts[-1], start + cuts[0] - span), key=lambda p, at=start: abs(p - at))
         waiting += [place for place in places if low <= place <= high - span and place not in tried]
-    return first
+    return source.read(item, tried[0], tried[0] + span, step, cover)[0] if first is None else first
 
 
 def find_cuts(thumbs: UInt8[np.ndarray, "s y x"]) -> list[int]:

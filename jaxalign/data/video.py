@@ -10,13 +10,15 @@ import contextlib
 import dataclasses
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import Bool, Int64, UInt8
+
+from jaxalign.data.containers import Kept, UnreadableVideo, damage_named, open_video, opened, stamp_of
 
 THUMB = 32  # side of the grey thumbnails that cuts are looked for in
 # ACCURATE_RND and BITEXACT cost nothing measurable and make the pixels the same on every kind of CPU.
@@ -24,15 +26,7 @@ _BICUBIC = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolatio
 _AREA = int(Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITEXACT)
 
 
-class UnreadableVideo(ValueError):
-    """A file that gives no usable video: `path` and `why`, a few words that a person can act on."""
-
-    def __init__(self, path: str, why: str):
-        super().__init__(path, why)
-        self.path, self.why = path, why
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.why}"
+_kept = Kept()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,51 +55,12 @@ class FrameIndex:
         return len(self.pts)
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[tuple]:
-    """(container, video stream); every way in which a file can fail to be a video becomes UnreadableVideo."""
-    try:
-        if not os.path.getsize(path):
-            raise UnreadableVideo(path, "the file is empty")
-        container = av.open(path, metadata_errors="ignore")  # a title in an odd encoding is no reason to refuse
-    except (OSError, av.error.FFmpegError) as error:
-        raise UnreadableVideo(path, _why_not_opened(path, error)) from error
-    with container:
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams:
-            raise UnreadableVideo(path, "audio only" if container.streams.audio else "no video in it, or cut short")
-        stream = streams[0]
-        if stream.codec_context is None:
-            raise UnreadableVideo(path, "no decoder for its codec")
-        # The parallel unit is the clip: a decoder's own threads would only fight for cores with the workers.
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        try:
-            yield container, stream
-        except (av.error.FFmpegError, OSError, MemoryError) as error:  # nonsense in a header, a disk that fails
-            raise UnreadableVideo(path, f"damaged ({_words(error)})") from error
-
-
-def _why_not_opened(path: str, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "the file is gone"
-    if isinstance(error, av.error.FFmpegError):
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(12)[4:8] == b"ftyp":  # an MP4 keeps its index in `moov`, often at the very end
-                return "cut short or damaged (an MP4 without its index)"
-        return f"not a video, or damaged ({_words(error)})"
-    return _words(error)
-
-
-def _words(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
 def probe(path: str) -> VideoInfo:
     """Frames, rate and size of a file, decoding nothing; it is read whole only if it has no index of its own.
 
     Raises UnreadableVideo for a file that is empty, no video, audio only, without frames, or cut short.
     """
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
         fps = float(stream.average_rate or stream.guessed_rate or 25)
         aspect = float(stream.sample_aspect_ratio or 1)
@@ -141,7 +96,7 @@ def _demux(container, stream) -> Iterator[av.Packet]:
 @functools.lru_cache(maxsize=1024)  # an index is a few kilobytes, and every clip of the file needs it
 def index_frames(path: str) -> FrameIndex:
     """The exact index of a file, from its packets, without decoding. Raises UnreadableVideo."""
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         name, codec = container.format.name, stream.codec_context.name
         packets = [(packet.pts, packet.dts, packet.is_keyframe) for packet in _packets(container, stream)]
     if not packets:
@@ -180,7 +135,7 @@ def read_frames(
     if times is not None:
         if index.by_order:
             raise UnreadableVideo(path, "its timestamps are unusable: ask for frame numbers")
-        with _opened(path) as (_, stream):
+        with opened(path) as (_, stream):
             ticks = [index.pts[0] + int(time / stream.time_base) for time in times]
         numbers = [max(0, int(np.searchsorted(index.pts, tick, side="right")) - 1) for tick in ticks]
     elif numbers is None:
@@ -197,19 +152,56 @@ def read_span(
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], UInt8[np.ndarray, "s y x"]]:
     """Frames start, start+step, … below stop in RGB (as `read_frames`), and grey thumbnails of start … stop-1.
 
-    The thumbnails cost a few per cent of the decoding and are what `clips.find_cuts` looks at. Raises
-    UnreadableVideo.
+    The thumbnails cost a few per cent of the decoding and are what `clips.find_cuts` looks at; where they are known
+    already, frames that neither the clip nor other frames need are not decoded. Raises UnreadableVideo.
     """
     index = index_frames(path)
     if start < 0 or stop > len(index) or start >= stop:
         raise UnreadableVideo(path, f"has {len(index)} frames, not {start} to {stop - 1}")
+    thumbs = known_thumbnails(path, start, stop)
+    if thumbs is not None:
+        frames = _decode(path, index, set(range(start, stop, step)), lambda _, convert: convert(cover))
+        return np.stack([frames[number] for number in range(start, stop, step)]), thumbs
 
     def both(number, convert):
         return convert(cover) if (number - start) % step == 0 else None, convert(None, thumb=True)
 
     frames = _decode(path, index, set(range(start, stop)), both)
+    _thumbnails.put(path, {number: thumb for number, (_, thumb) in frames.items()})
     video = np.stack([frames[number][0] for number in range(start, stop, step)])
     return video, np.stack([frames[number][1] for number in range(start, stop)])
+
+
+def known_thumbnails(path: str, start: int, stop: int) -> UInt8[np.ndarray, "s y x"] | None:
+    """The grey thumbnails of frames start … stop-1 if this process has decoded all of them before, else None."""
+    return _thumbnails.get(path, start, stop)
+
+
+class _Thumbnails:
+    """Thumbnails by file and frame, a kilobyte each; of the files that were read longest ago the most are forgotten.
+
+    They change how long a read takes and nothing else: what is remembered is what would be decoded.
+    """
+
+    def __init__(self, frames: int = 32 * 1024):
+        self.room, self.lock = frames, threading.Lock()  # training's prefetch thread and an evaluation may both read
+        self.files: dict[tuple, dict[int, np.ndarray]] = {}
+
+    def get(self, path: str, start: int, stop: int) -> np.ndarray | None:
+        with self.lock:
+            known = self.files.get((path, stamp_of(path)), {})
+            found = [known.get(number) for number in range(start, stop)]
+        return None if any(one is None for one in found) else np.stack(found)
+
+    def put(self, path: str, thumbs: dict[int, np.ndarray]) -> None:
+        key = path, stamp_of(path)
+        with self.lock:
+            self.files[key] = self.files.pop(key, {}) | thumbs  # the last one read stands last
+            while sum(map(len, self.files.values())) > self.room:
+                self.files.pop(next(iter(self.files)))
+
+
+_thumbnails = _Thumbnails()
 
 
 def _decode(path: str, index: FrameIndex, wanted: set[int], take: Callable) -> dict[int, object]:
@@ -229,11 +221,34 @@ def _decode(path: str, index: FrameIndex, wanted: set[int], take: Callable) -> d
 
 
 def _sweep(path: str, index: FrameIndex, wanted: set[int], take: Callable, seek: int | None) -> dict[int, object]:
+    """The frames from a keyframe on (None: the first), in a file that is open still if there is one; or anew."""
+    if kept := _kept.take(path):
+        with contextlib.suppress(UnreadableVideo):
+            found = _pass(path, index, wanted, take, int(index.seek[0]) if seek is None else seek, *kept)
+            if len(found) == len(wanted):
+                _kept.put(path, *kept)
+                return found
+        kept[0].close()
+    container, stream = open_video(path)
+    try:
+        found = _pass(path, index, wanted, take, seek, container, stream)
+    except BaseException:
+        container.close()
+        raise
+    # In these a seek goes by an index of the file; MPEG's streams are searched, and remember where they were.
+    if container.format.name.startswith(("mov", "matroska")) and len(found) == len(wanted):
+        _kept.put(path, container, stream)
+    else:
+        container.close()
+    return found
+
+
+def _pass(path: str, index: FrameIndex, wanted: set[int], take: Callable, seek: int | None, container, stream) -> dict:
     """One pass by presentation time from a keyframe; whatever is missing or corrupt is left out."""
     number = {int(index.pts[k]): k for k in wanted}
-    first, last = min(number), max(number)
+    last = max(number)
     found: dict[int, object] = {}
-    with _opened(path) as (container, stream):
+    with damage_named(path):
         if seek is not None:
             try:
                 container.seek(seek, stream=stream, backward=True)
@@ -243,9 +258,9 @@ def _sweep(path: str, index: FrameIndex, wanted: set[int], take: Callable, seek:
         for packet in _demux(container, stream):
             if seek is not None and not _known(packet, index):
                 return {}
-            # Before the clip only frames that others need are decoded: a third less work with B-frames.
-            early = packet.pts is not None and packet.pts < first
-            stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
+            # Beside the wanted frames only those that others need are decoded: a third less work with B-frames.
+            beside = packet.pts is not None and packet.pts not in number
+            stream.codec_context.skip_frame = "NONREF" if beside else "DEFAULT"
             for frame in _frames_of(packet):
                 if frame.pts in number and not frame.is_corrupt:
                     found[number[frame.pts]] = take(number[frame.pts], functools.partial(convert, frame))
@@ -272,7 +287,7 @@ def _sweep_in_order(path: str, wanted: set[int], take: Callable) -> dict[int, ob
     """One pass from the beginning, counting the frames that come out."""
     found: dict[int, object] = {}
     count, last = 0, max(wanted)
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         convert = _converter(stream)
         for packet in _demux(container, stream):
             for frame in _frames_of(packet):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxalign.data.clips import Clip, Item, Source, Window, find_cuts, load, part, short_items, windows
-from jaxalign.data.sources import FileCache, _read_file, demo, folder
+from jaxalign.data.sources import FileCache, FileReader, demo, folder
 from jaxalign.data.video import UnreadableVideo, probe, read_span
 
 SMALL = Clip(num_frames=8, height=24, width=24)
@@ -105,7 +105,7 @@ def test_clips_keep_off_cuts_where_there_is_room(stride):
 def test_cuts_of_the_demo_clips_are_found_and_nothing_else():
     expected = {"bikes.mp4": [30, 76, 137, 187, 242], "bigbuckbunny.mp4": [], "carphone_pristine.mp4": []}
     source = demo()
-    for item, path in zip(source.items, source.read.args[1], strict=True):
+    for item, path in zip(source.items, source.read.paths, strict=True):
         assert find_cuts(read_span(path, 0, item.frames, 1, (24, 24))[1]) == expected[item.name]
     # a black screen with sensor noise
     noise = np.random.default_rng(0).integers(0, 6, (20, 32, 32), np.uint8)
@@ -122,7 +122,7 @@ def test_real_file_with_cuts(tmp_path, numbered):
     (tmp_path / "v").mkdir()
     numbered.encode(tmp_path / "v" / "cuts.mp4", frames)
     source = folder(str(tmp_path / "v"))
-    path = source.read.args[1][0]
+    path = source.read.paths[0]
     assert find_cuts(read_span(path, 0, 45, 1, (24, 32))[1]) == [15, 30]
     for seed in range(10):
         got = load(source, Window(0, 0, 45), Clip(8, 24, 32), np.random.default_rng(seed))["video"].astype(int)
@@ -157,13 +157,33 @@ def test_kept_files_give_what_the_file_gives(tmp_path, numbered):
     paths = [str(numbered(tmp_path / name, first=10 * k)) for k, name in enumerate(("a.mp4", "b.mp4"))]
     infos = [probe(path) for path in paths]
     keeping, none = FileCache(), FileCache(megabytes=0)
+    kept, read = (FileReader(tuple(paths), tuple(infos), cache) for cache in (keeping, none))
     for item, start, stop, step in [(0, 3, 18, 2), (1, 50, 60, 3), (0, 0, 60, 1)]:
-        kept = _read_file(keeping, paths, infos, item, start, stop, step, (24, 24))
-        read = _read_file(none, paths, infos, item, start, stop, step, (24, 24))
-        np.testing.assert_array_equal(kept[0], read[0])
-        np.testing.assert_array_equal(kept[1], read[1])
+        for one, other in zip(
+            kept(item, start, stop, step, (24, 24)), read(item, start, stop, step, (24, 24)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
     assert len(keeping.files) == 2 and not none.files
     with pytest.raises(UnreadableVideo):
-        _read_file(keeping, paths, infos, 0, 55, 63, 1, (24, 24))
-    _read_file(keeping, paths, infos, 0, 0, 4, 1, (12, 12))
+        kept(0, 55, 63, 1, (24, 24))
+    kept(0, 0, 4, 1, (12, 12))
     assert len(keeping.files) == 1  # one frame size at a time
+
+
+def test_a_place_that_is_known_to_lie_across_a_cut_is_not_read(tmp_path, numbered):
+    rng = np.random.default_rng(5)
+    shots = [np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8) for _ in range(2)]
+    numbered.encode(tmp_path / "cut.mp4", [shots[k // 15] for k in range(30)])
+    path = str(tmp_path / "cut.mp4")
+    reader, calls = FileReader((path,), (probe(path),), FileCache(megabytes=0)), []
+
+    class Counting(FileReader):
+        def __call__(self, *place):
+            calls.append(place[1:3])
+            return super().__call__(*place)
+
+    item = Item("cut.mp4", 30, 25.0, 0, "train")
+    counting = Source("cut", (item,), read=Counting(reader.paths, reader.infos, reader.cache))
+    first, again = (load(counting, Window(0, 0, 30), Clip(8, 24, 32), np.random.default_rng(0), 0.5) for _ in range(2))
+    np.testing.assert_array_equal(first["video"], again["video"])
+    assert calls == [(11, 19), (15, 23), (15, 23)]

@@ -126,7 +126,7 @@ def test_files_that_vanish_while_training(tmp_path, numbered):
     for k in range(3):
         numbered(tmp_path / "v" / f"{k}.mp4", frames=30, first=40 * k)
     source = folder(str(tmp_path / "v"))
-    object.__setattr__(source.read.args[0], "megabytes", 0)  # nothing is kept in memory
+    object.__setattr__(source.read.cache, "megabytes", 0)  # nothing is kept in memory
     data = batches(source, seed=0, batch_size=3, **SIZE)
     (tmp_path / "v" / "1.mp4").unlink()
     assert data[0]["substituted"].sum() == 1

@@ -48,7 +48,7 @@ def test_frames_are_those_of_a_full_decode(kind, tmp_path, numbered):
 @pytest.mark.parametrize("item", range(3))
 def test_demo_clips_are_read_exactly(item):
     source = demo()
-    path, frames = source.read.args[1][item], source.items[item].frames
+    path, frames = source.read.paths[item], source.items[item].frames
     with av.open(path) as container:
         stamps = [frame.pts for frame in container.decode(video=0)]
     assert stamps == index_frames(path).pts.tolist() and len(stamps) == frames
@@ -73,6 +73,28 @@ def test_one_seek_and_only_the_needed_frames(tmp_path, numbered, monkeypatch):
     read_frames(path, range(100, 108))
     assert len(passes) == 1 and passes[0] is not None  # one pass, and it began with a seek
     assert len(decoded) < 30  # the clip, its way from the keyframe, and the decoder's delay; not 108
+
+
+def test_files_that_stay_open_and_known_thumbnails_change_no_pixel(tmp_path, numbered, monkeypatch):
+    path = str(numbered(tmp_path / "a.mp4", frames=60))
+    places = [
+        (int(start), int(start) + 9, step)
+        for start, step in zip([0, 30, 12, 48, 3, 30, 12, 0], [2, 3] * 4, strict=True)
+    ]
+    kept = [video.read_span(path, *place, (24, 32)) for place in places]
+    assert video.known_thumbnails(path, 30, 39) is not None and video.known_thumbnails(path, 20, 31) is None
+    monkeypatch.setattr(video, "known_thumbnails", lambda *place: None)
+    monkeypatch.setattr(video._kept, "take", lambda path: None)
+    for place, clip in zip(places, kept, strict=True):
+        for one, other in zip(clip, video.read_span(path, *place, (24, 32)), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_file_that_was_written_anew_is_opened_anew(tmp_path, numbered):
+    path = str(numbered(tmp_path / "a.mp4", frames=20))
+    assert numbered.number(read_frames(path, [7])[0]) == 7
+    numbered(tmp_path / "a.mp4", frames=20, first=40)
+    assert numbered.number(read_frames(path, [7])[0]) == 47
 
 
 def test_frames_lost_after_a_seek_are_decoded_from_the_beginning(tmp_path, numbered, monkeypatch):
@@ -106,7 +128,7 @@ def test_sizes_turned_and_square_pixels(tmp_path, numbered):
         turned = str(numbered(tmp_path / f"{turn}.mp4", turn=turn))
         np.testing.assert_array_equal(read_frames(turned, range(3)), np.rot90(upright, quarters, axes=(1, 2)))
         assert read_frames(turned, [0], cover=(20, 20)).shape == ((1, 27, 20, 3) if turn != 180 else (1, 20, 27, 3))
-    wide = demo().read.args[1][2]  # carphone: 176×144 with pixels of 128:117
+    wide = demo().read.paths[2]  # carphone: 176×144 with pixels of 128:117
     assert probe(wide).width == 193 and read_frames(wide, [0]).shape == (1, 144, 193, 3)
     assert cover_size(48, 64, (24, 24)) == (24, 32) and cover_size(48, 64, (96, 200)) == (150, 200)
 

@@ -1,0 +1,106 @@
+"""Opening video files with PyAV: what can be wrong with one, said in words, and files that stay open between clips."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import av
+from av.stream import Disposition
+
+KEPT_OPEN = 4  # files of a thread; a decoder of 1080p holds some 20 MB
+
+
+class UnreadableVideo(ValueError):
+    """A file that gives no usable video: `path` and `why`, a few words that a person can act on."""
+
+    def __init__(self, path: str, why: str):
+        super().__init__(path, why)
+        self.path, self.why = path, why
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
+
+def open_video(path: str) -> tuple:
+    """(container, video stream); every way in which a file can fail to be a video becomes UnreadableVideo."""
+    try:
+        if not os.path.getsize(path):
+            raise UnreadableVideo(path, "the file is empty")
+        container = av.open(path, metadata_errors="ignore")  # a title in an odd encoding is no reason to refuse
+    except (OSError, av.error.FFmpegError) as error:
+        raise UnreadableVideo(path, _why_not_opened(path, error)) from error
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams or streams[0].codec_context is None:
+        sound = bool(container.streams.audio)
+        container.close()
+        why = "no decoder for its codec" if streams else "audio only" if sound else "no video in it, or cut short"
+        raise UnreadableVideo(path, why)
+    # The parallel unit is the clip: a decoder's own threads would only fight for cores with the workers.
+    streams[0].thread_type, streams[0].codec_context.thread_count = "NONE", 1
+    return container, streams[0]
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[tuple]:
+    """`open_video` for one use, closed at its end."""
+    container, stream = open_video(path)
+    with container, damage_named(path):
+        yield container, stream
+
+
+@contextlib.contextmanager
+def damage_named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (av.error.FFmpegError, OSError, MemoryError) as error:  # nonsense in a header, a disk that fails
+        raise UnreadableVideo(path, f"damaged ({_words(error)})") from error
+
+
+class Kept(threading.local):
+    """The files that a thread read last, open: to open one costs as much as to decode ten of its frames.
+
+    A decoder serves one thread, and a forked worker shares the place in the file with its parent: to each its own.
+    """
+
+    def __init__(self):
+        self.process, self.files = os.getpid(), {}
+
+    def take(self, path: str) -> tuple | None:
+        """(container, stream) of a file that has not changed since; it is the caller's until `put`."""
+        if self.process != os.getpid():
+            self.__init__()
+        container, stream, stamp = self.files.pop(path, (None, None, None))
+        if container is None or stamp == stamp_of(path):
+            return container and (container, stream)
+        container.close()
+        return None
+
+    def put(self, path: str, container, stream) -> None:
+        self.files[path] = container, stream, stamp_of(path)
+        if len(self.files) > KEPT_OPEN:
+            self.files.pop(next(iter(self.files)))[0].close()
+
+
+def stamp_of(path: str) -> tuple | None:
+    """What tells one version of a file from another; None if it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _why_not_opened(path: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "the file is gone"
+    if isinstance(error, av.error.FFmpegError):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(12)[4:8] == b"ftyp":  # an MP4 keeps its index in `moov`, often at the very end
+                return "cut short or damaged (an MP4 without its index)"
+        return f"not a video, or damaged ({_words(error)})"
+    return _words(error)
+
+
+def _words(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
