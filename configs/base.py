@@ -189,7 +189,9 @@ def _defaults() -> dict:
             # the frames at the size that puts its tokens on the grid of the head (full resolution)
             grid="teacher",
             pool_time=1,  # the teacher's frames after the first are averaged in groups (DINOv2 on CogVideoX: 4)
-            resize=False,  # the teacher's tokens are resized in space to the head's grid (Align4Gen: SAM 2.1)
+            # The teacher's tokens are resized to the head's grid: in space (Align4Gen: SAM 2.1), and in time where it
+            # has a multiple of their frames (VideoMAE's tokens are of two frames)
+            resize=False,
             fusion="concat",  # several teachers: concat (one target, each of unit length) | heads (one head each)
             temperature=0.1,  # tsa, m_tsa: τ
             mask_ratio=0.2,  # m_tsa: share of the positions of a frame that are queries
@@ -216,10 +218,16 @@ def _defaults() -> dict:
             smooth=0.0,  # errors of flow below it, in fractions of the frame, count by their square; 0: L1 (the paper)
             hidden=256,
             width=64,  # of the subspace
-            decoder=128,  # hidden channels of the flow decoder
+            kernel=1,  # rows and columns of the projection's first kernel (of three frames); image teachers: 3
+            norm=False,  # each of the teacher's tokens has mean 0 and variance 1 before the projection
+            decoder=128,  # hidden channels of the flow decoder; 0: one matrix, so that the subspace holds the flow
+            unit=1.0,  # the decoder counts flow in this fraction of the frame
         ),
         data=dict(
-            source="demo",  # demo | synthetic | a folder of videos | a folder of ArrayRecord shards
+            # demo | synthetic | tfds:NAME | a folder of videos, of folders of frames, of ArrayRecord shards
+            source="demo",
+            split=1,  # of the official lists that lie with the videos: trainlist01.txt and testlist01.txt (UCF-101)
+            frame_rate=25.0,  # of folders of frames, in frames a second
             num_frames=8,
             height=64,
             width=64,

@@ -17,9 +17,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from jaxalign.data.sources import open_source
 from jaxalign.training import config as config_lib
 from jaxalign.training import processes, prompted, prompts, setup, showing
+from jaxalign.training.data_settings import classes_of
 from jaxalign.training.trained import open_run, read_config
 
 
@@ -54,7 +54,7 @@ def class_numbers(labels: Sequence[str], config, run) -> list[int]:
     """Classes by name or number as numbers. Raises ValueError for a class that the run does not have."""
     if not run.task.num_classes:
         raise ValueError("--labels: this run is unconditional (model.num_classes = 0)")
-    names = () if all(label.isdigit() for label in labels) else open_source(config.data.source).classes
+    names = () if all(label.isdigit() for label in labels) else classes_of(config)
     for label in labels:
         if label not in names and not (label.isdigit() and int(label) < run.task.num_classes):
             known = f"0..{run.task.num_classes - 1}" + (f" or {', '.join(names[:8])} ..." if names else "")

@@ -70,7 +70,7 @@ def videos(monkeypatch):
 
     def put(**fail):
         source = Videos(**fail).source()
-        monkeypatch.setattr(prompts, "open_source", lambda spec: source if spec == "videos" else open_source(spec))
+        monkeypatch.setattr(prompts, "open_source", lambda spec, **_: source if spec == "videos" else open_source(spec))
         return source
 
     return put
@@ -290,7 +290,7 @@ def both(codec, teacher, tmp_path_factory):
     open_source = prompts.open_source
     with pytest.MonkeyPatch.context() as patch:
         few = synthetic.synthetic(train=5, held_out=2)
-        patch.setattr(prompts, "open_source", lambda spec: few if spec == "synthetic" else open_source(spec))
+        patch.setattr(prompts, "open_source", lambda spec, **_: few if spec == "synthetic" else open_source(spec))
         precompute.precompute(config, folder, Options(held_out=2, shard_mb=0.1, at_once=2), **QUIET)
         yield config, folder
 
@@ -306,6 +306,28 @@ def drawn(tree, size=0.1):
     """NumPy leaves for a tree of shapes: nothing is compiled."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: (size * rng.standard_normal(x.shape)).astype(x.dtype), tree)
+
+
+def test_a_class_conditional_run_takes_labels_and_latents(codec, videos, tmp_path):
+    source = videos()
+    changes = dict(codec=codec, model=dict(num_classes=-1, patch_size=2), objective="ddpm")
+    decoded = config_of(**changes, data=dict(source="videos", hflip=True))
+    options = Options(what=("latents",), held_out=2, threads=1, at_once=4)
+    precompute.precompute(decoded, tmp_path / "latents", options, **QUIET)
+    config = config_of(**changes, data=dict(source=str(tmp_path / "latents"), hflip=True))
+    ready = prepare.prepare(config)
+    assert ready.run.task.num_classes == 2 and ready.source.classes == ("even", "odd")
+    clip = clip_settings(config)
+    batch = pipeline.batches(ready.source, seed=0, batch_size=2, hflip=True, **clip)[1]
+    online = pipeline.batches(source, seed=0, batch_size=2, hflip=True, **clip)[1]
+    np.testing.assert_array_equal(batch["label"], online["label"])
+    assert set(batch) & {"video", "moments"} == {"moments"}
+    trainable, state = ready.abstract.trainable, jax.random.key(0)
+    loss, _ = jax.eval_shape(ready.run.task.loss, trainable, ready.run.frozen, task_parts(batch), state, 0, {})
+    assert loss.shape == ()
+    other = config_of(**changes, data=dict(source=str(tmp_path / "latents"), split=2))
+    with pytest.raises(ValueError, match=r"data.split: None there, 2 here"):
+        prompts.open_told(other)
 
 
 def both_ways(configs, wrap):

@@ -142,8 +142,11 @@ def _read_record(paths: tuple[str, ...], item: int, start: int, stop: int, step:
     return resize(video[start:stop:step], cover), thumbnails(video[start:stop])
 
 
-def tfds(path: str) -> Source:
+def tfds(path: str, *, split: int = 1) -> Source:
     """A prepared tfds data set with a `video` (and perhaps a `label`): its name ('ucf101') or its folder.
+
+    Its train split is trained on, its test split held out; of ucf101, which tfds has once for each of the official
+    `split`s, the one of that number is taken.
 
     It is read from its ArrayRecord files directly (tfds' own Video feature needs TensorFlow even to be read),
     so it has to be prepared once, where TensorFlow is, with
@@ -158,7 +161,7 @@ def tfds(path: str) -> Source:
             f"data.source='tfds:{path}': no prepared data set in {root}; prepare it with "
             f"tfds.builder({path!r}).download_and_prepare(file_format='array_record')"
         )
-    folder = found[-1].parent
+    folder = _of_split(path, root, found, split)[-1].parent
     features = json.loads(found[-1].read_text()).get("featuresDict", {}).get("features", {})
     if "video" not in features:
         raise ValueError(f"data.source='tfds:{path}': no feature 'video' in {folder} (it has {', '.join(features)})")
@@ -188,6 +191,19 @@ def tfds(path: str) -> Source:
         read=functools.partial(_read_tfds, tuple(paths)),
         look=functools.partial(_look_tfds, tuple(paths)),
     )
+
+
+def _of_split(path: str, root: Path, found: list[Path], split: int) -> list[Path]:
+    """Those that were prepared from UCF-101's lists of this number: configs ucf101_1, ucf101_1_256, ucf101_2, …"""
+    configs = [file.relative_to(root).parts[-3:-2] for file in found]  # () where `root` is a config itself
+    matches = [re.fullmatch(r"ucf101_(\d)(_\d+)?", config[0]) if config else None for config in configs]
+    numbers = [int(match[1]) if match else 0 for match in matches]
+    if not any(numbers):
+        return found
+    if split not in numbers:
+        there = ", ".join(str(n) for n in sorted({n for n in numbers if n}))
+        raise ValueError(f"data.split={split}: data.source='tfds:{path}' is prepared for split {there} only, in {root}")
+    return [file for file, number in zip(found, numbers, strict=True) if number == split]
 
 
 def _version(folder: Path) -> tuple:

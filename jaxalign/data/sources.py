@@ -1,4 +1,4 @@
-"""Where videos come from: a folder, the demo clips, ArrayRecord shards, a tfds data set, or moving shapes.
+"""Where videos come from: a folder of files or of frames, the demo clips, ArrayRecord, tfds, or moving shapes.
 
 `open_source` takes what a config says under `data.source`: one of the names in SOURCES (some take something
 after a colon, `tfds:ucf101`) or simply a path.
@@ -6,19 +6,17 @@ after a colon, `tfds:ucf101`) or simply a path.
 
 import dataclasses
 import difflib
-import functools
 import math
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from jaxalign.data import precomputed, records, synthetic
-from jaxalign.data.clips import Item, Source, split_by_name
+from jaxalign.data import frame_folders, precomputed, records, splits, synthetic
+from jaxalign.data.clips import Item, Source
 from jaxalign.data.index import probe_all
-from jaxalign.data.video import UnreadableVideo, VideoInfo, cover_size, index_frames, read_span
+from jaxalign.data.video import UnreadableVideo, VideoInfo, cover_size, index_frames, known_thumbnails, read_span
 
 SUFFIXES = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".m4v", ".ts", ".m2ts", ".vob"),
@@ -28,19 +26,26 @@ SUFFIXES = (
 CACHE_MEGABYTES = 256
 
 
-def open_source(spec: str) -> Source:
-    """The source that a config names: 'demo', 'synthetic', 'tfds:NAME', or a folder.
+def open_source(spec: str, *, split: int = 1, frame_rate: float = frame_folders.FRAME_RATE) -> Source:
+    """The source that a config names: 'demo', 'synthetic', 'synthetic:gravity', 'tfds:NAME', or a folder.
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError, each a line that says what was looked for.
+    What a folder is, is told by what it holds: the manifest of jaxalign.precompute, ArrayRecord shards, else video
+    files at any depth, else folders of frames ('frames:FOLDER' takes those beside video files too). `split`: the number
+    of the official lists (UCF-101 has three); `frame_rate`: of folders of frames. Raises FileNotFoundError,
+    NotADirectoryError or ValueError, each a line that says what was looked for.
     """
     name, _, argument = str(spec).partition(":")
+    of_folder = {"split": split, "frame_rate": frame_rate}
     if name in SOURCES:
-        alone = name in ("demo", "synthetic")
+        if name == "synthetic":
+            return synthetic.synthetic(argument)
+        alone = name == "demo"
         if alone == bool(argument):
             raise ValueError(
                 f"data.source={spec!r}: write {name!r}" + ("" if alone else " with a colon and a name or path")
             )
-        return SOURCES[name]() if alone else SOURCES[name](argument)
+        options = {"folder": of_folder, "frames": of_folder, "tfds": {"split": split}}
+        return SOURCES[name]() if alone else SOURCES[name](argument, **options.get(name, {}))
     path = Path(spec).expanduser()
     if not path.exists():
         near = difflib.get_close_matches(spec, SOURCES, 1)
@@ -50,24 +55,24 @@ def open_source(spec: str) -> Source:
         raise NotADirectoryError(f"data.source={spec!r} is a file; write the folder that holds the videos")
     if precomputed.is_precomputed(path):
         return precomputed.source(str(path))
-    return records.array_record(str(path)) if records.shards(path) else folder(str(path))
+    return records.array_record(str(path)) if records.shards(path) else folder(str(path), **of_folder)
 
 
-def folder(path: str) -> Source:
-    """Videos below a folder, labelled by its first-level sub-folders (no labels if one lies outside).
+def folder(path: str, *, split: int = 1, frame_rate: float = frame_folders.FRAME_RATE) -> Source:
+    """Videos below a folder: files or, where there is none of these, folders of frames (frame_folders.py).
 
-    Splits, the first that applies: sub-folders `train` and `test`, `val`, `valid`, `validation` or `held_out`
-    (labels are then the folders below those); UCF-101's own lists (trainlist01.txt and testlist01.txt in the
-    folder, beside it, or in `ucfTrainTestlist`); with 20 files or more one in twenty is held out, chosen by
-    its name; otherwise the beginning and the end of each file. Raises FileNotFoundError for a missing folder,
-    ValueError for one without videos.
+    Splits and labels: splits.py; `split` is the number of UCF-101's lists. Raises FileNotFoundError for a missing
+    folder, ValueError for one without videos and for lists that are not about what is there.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"data.source={path!r}: no such folder")
     files = sorted(_videos_below(root))
+    if not files and frame_folders.has_frames(root):
+        return frame_folders.frames(path, split=split, frame_rate=frame_rate)
     if not files:
-        raise ValueError(f"data.source={path!r}: no videos in it or below it (looked for {' '.join(SUFFIXES)})")
+        looked = " ".join((*SUFFIXES, *frame_folders.SUFFIXES))
+        raise ValueError(f"data.source={path!r}: no videos and no folders of frames in it (looked for {looked})")
     answers = probe_all(files, root)
     names = [file.relative_to(root).as_posix() for file in files]
     skipped = tuple((n, a.why) for n, a in zip(names, answers, strict=True) if isinstance(a, UnreadableVideo))
@@ -78,46 +83,19 @@ def folder(path: str) -> Source:
             f"(the first, {skipped[0][0]}: {skipped[0][1]})"
         )
     names, infos = [names[k] for k in good], [answers[k] for k in good]
-    splits, inner = _splits(root, names)
-    folders = [name.split("/")[:-1] for name in inner]
-    classes = tuple(sorted({parts[0] for parts in folders})) if all(folders) else ()
+    layout = splits.layout(root, names, split=split, unreadable=[name for name, _ in skipped])
     items = tuple(
-        Item(name, info.frames, info.fps, classes.index(parts[0]) if classes else 0, split)
-        for name, info, parts, split in zip(names, infos, folders, splits, strict=True)
+        Item(name, info.frames, info.fps, label, part)
+        for name, info, label, part in zip(names, infos, layout.labels, layout.splits, strict=True)
     )
-    return _of_files(str(path), items, [str(files[k]) for k in good], infos, classes, skipped)
+    source = _of_files(str(path), items, [str(files[k]) for k in good], infos, layout.classes, skipped)
+    return dataclasses.replace(source, notes=layout.notes)
 
 
 def _videos_below(root: Path) -> Iterator[Path]:
-    """Every video below a folder; linked folders are followed (data sets often are links), each only once."""
-    seen = set()
-    for base, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(base)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        names = [] if real in seen else names
-        seen.add(real)
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(base, name)
-
-
-def _splits(root: Path, names: Sequence[str]) -> tuple[list[str], Sequence[str]]:
-    """The split of each name, and the names as labels are read from them."""
-    top = {name.split("/")[0] for name in names if "/" in name}
-    other = top & {"test", "val", "valid", "validation", "held_out"}
-    if "train" in top and other and all(name.split("/")[0] in other | {"train"} for name in names):
-        splits = ["train" if name.startswith("train/") else "held_out" for name in names]
-        return splits, [name.split("/", 1)[1] for name in names]
-    for place in (root, root / "ucfTrainTestlist", root.parent / "ucfTrainTestlist"):
-        lists = [place / "trainlist01.txt", place / "testlist01.txt"]
-        if all(file.is_file() for file in lists):
-            train, test = (
-                {line.split()[0] for line in file.read_text().splitlines() if line.strip()} for file in lists
-            )
-            tails = ["/".join(name.split("/")[-2:]) for name in names]
-            splits = ["train" if tail in train else "held_out" if tail in test else "unused" for tail in tails]
-            return splits, names
-    return split_by_name(names), names
+    """Every video below a folder."""
+    for base, _, names in frame_folders.walk(root):
+        yield from (base / name for name in names if name.lower().endswith(SUFFIXES))
 
 
 # What the demo's clips show; of bikes.mp4, a film of short shots, what all of it is about.
@@ -154,8 +132,7 @@ def demo() -> Source:
 
 
 def _of_files(name, items, paths, infos, classes=(), skipped=()) -> Source:
-    read = functools.partial(_read_file, FileCache(), tuple(paths), tuple(infos))
-    return Source(name, items, classes, skipped, read=read)
+    return Source(name, items, classes, skipped, read=FileReader(tuple(paths), tuple(infos)))
 
 
 class FileCache:
@@ -194,20 +171,32 @@ class FileCache:
             return self.files[path, cover]
 
 
-def _read_file(cache: FileCache, paths, infos, item: int, start: int, stop: int, step: int, cover):
-    kept = cache.whole(paths[item], cover) if cache.fits(infos, cover) else None
-    if kept is None:
-        return read_span(paths[item], start, stop, step, cover)
-    video, thumbs = kept
-    if stop > len(video):
-        raise UnreadableVideo(paths[item], f"has {len(video)} frames, not {start} to {stop - 1}")
-    return video[start:stop:step], thumbs[start:stop]
+@dataclasses.dataclass(frozen=True)
+class FileReader:
+    """How a source of video files is read: `Source.read`."""
+
+    paths: tuple[str, ...]
+    infos: tuple[VideoInfo, ...]
+    cache: FileCache = dataclasses.field(default_factory=FileCache, compare=False)
+
+    def __call__(self, item: int, start: int, stop: int, step: int, cover: tuple[int, int]):
+        kept = self.cache.whole(self.paths[item], cover) if self.cache.fits(self.infos, cover) else None
+        if kept is None:
+            return read_span(self.paths[item], start, stop, step, cover)
+        video, thumbs = kept
+        if stop > len(video):
+            raise UnreadableVideo(self.paths[item], f"has {len(video)} frames, not {start} to {stop - 1}")
+        return video[start:stop:step], thumbs[start:stop]
+
+    def seen(self, item: int, start: int, stop: int):
+        return known_thumbnails(self.paths[item], start, stop)
 
 
 SOURCES = {
     "demo": demo,
     "synthetic": synthetic.synthetic,
     "folder": folder,
+    "frames": frame_folders.frames,
     "array_record": records.array_record,
     "precomputed": precomputed.source,
     "tfds": records.tfds,

@@ -7,6 +7,7 @@ pixel centres at integers.
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
@@ -18,23 +19,42 @@ CAPTIONS = (
     "three discs and squares with wavy colours drift and turn over a wavy ground",
     "three discs and squares with wavy colours fall, bounce off the floor and turn over a wavy ground",
 )
+# The worlds of `synthetic:gravity`, in which every object can be told by its colour (metrics/motion_law.py): a red and
+# a blue one over grey, and a green one if there are three; the largest is drawn first, so that none is wholly hidden.
+HUES = ("red", "blue", "green")
+HUE_CHANNELS = (0, 2, 1)
+HUE_SIZES = ((0.180, 0.200), (0.150, 0.165), (0.120, 0.135))  # radius of a disc, in sides; a square has its area
+HUE_CONTRAST = 150.0  # an object's own channel above its two others, in grey levels, wherever its texture is
+GRAVITY = 0.003  # picture sides a frame²
+SPEED = (0.010, 0.035)  # at the start, sides a frame
+# The fastest along x and y: all of the speed, and a fall through the picture besides.
+FASTEST = (SPEED[1], (SPEED[1] ** 2 + 2 * GRAVITY) ** 0.5)
+FALLING = "a red and a blue shape fall, bounce off the floor and turn over a grey ground"
 STATE = ("x", "y", "velocity x", "velocity y", "angle", "angular velocity", "size", "is square")
 
 
-def synthetic(train: int = 4096, held_out: int = 256, seed: int = 0) -> Source:
+def synthetic(variant: str = "", *, train: int = 4096, held_out: int = 256, seed: int = 0) -> Source:
     """Moving shapes: `train` and `held_out` different worlds; class 0 drifts, class 1 falls and bounces.
 
-    Batches carry flow, visible and state as well (see `moving_shapes`).
+    Variant 'gravity': all fall and bounce, and are told by their colour (see `falling_shapes`). Batches carry flow,
+    visible and state as well. Raises ValueError for another variant.
     """
+    if variant not in ("", "gravity"):
+        raise ValueError(f"data.source='synthetic:{variant}': write 'synthetic' or 'synthetic:gravity'")
+    names = [f"synthetic{'-' * bool(variant)}{variant}-{k}" for k in range(train + held_out)]
     items = tuple(
-        Item(f"synthetic-{k}", None, 25.0, k % 2, "train" if k < train else "held_out") for k in range(train + held_out)
+        Item(name, None, 25.0, 0 if variant else k % 2, "train" if k < train else "held_out")
+        for k, name in enumerate(names)
     )
-    captions = tuple(CAPTIONS[item.label] for item in items)
-    return Source("synthetic", items, ("drift", "gravity"), render=functools.partial(_render, seed), captions=captions)
+    if variant:
+        render, captions = functools.partial(_render, falling_shapes, seed), (FALLING,) * len(items)
+        return Source("synthetic:gravity", items, ("gravity",), render=render, captions=captions)
+    render, captions = functools.partial(_render, moving_shapes, seed), tuple(CAPTIONS[item.label] for item in items)
+    return Source("synthetic", items, ("drift", "gravity"), render=render, captions=captions)
 
 
-def _render(seed: int, window: Window, clip: Clip) -> dict:
-    return moving_shapes(
+def _render(world: Callable[..., dict], seed: int, window: Window, clip: Clip) -> dict:
+    return world(
         seed,
         window.item,
         num_frames=clip.num_frames,
@@ -76,7 +96,47 @@ def moving_shapes(
     pull = rng.uniform(0.002, 0.004) * side if index % 2 else 0.0
     textures = [_waves(rng, 0.9 * side / 8, 2.2 * side / 8, 28.0) for _ in range(objects)]
     ground = _waves(rng, side / 6, side / 2, 20.0)
+    motion = centre, velocity, reach, pull, angle, spin
+    return _film(motion, half, square, textures, ground, num_frames, height, width, stride)
 
+
+def falling_shapes(
+    seed: int, index: int, *, num_frames: int, height: int, width: int, stride: int = 1, objects: int = 2
+) -> dict:
+    """World `index` of the variant 'gravity', as `moving_shapes` has it: objects that can be told by their colour.
+
+    Each has a hue of its own (HUES in turn) over a grey ground; textures are waves of brightness and leave the hue
+    alone: an object's channel lies HUE_CONTRAST above its two others, which are equal, and grey has all three equal.
+    All fall with the same GRAVITY. Raises ValueError for more objects than hues.
+    """
+    if not 1 <= objects <= len(HUES):
+        raise ValueError(f"objects={objects}: a world told by colour has 1 to {len(HUES)}")
+    rng = np.random.default_rng((seed, index, 1))
+    side = min(height, width)
+    radius = np.array([rng.uniform(*HUE_SIZES[k]) for k in range(objects)]) * side
+    square = rng.random(objects) < 0.5
+    half = np.where(square, np.sqrt(np.pi / 4), 1.0) * radius
+    reach = half * np.where(square, np.sqrt(2), 1.0)
+    angle, spin = rng.uniform(0, 2 * np.pi, objects), rng.uniform(-0.12, 0.12, objects)
+    room = [size - 1 - 2 * reach for size in (width, height)]
+    centre = reach[:, None] + rng.uniform(0, 1, (objects, 2)) * np.stack(room, -1)
+    heading, speed = rng.uniform(0, 2 * np.pi, objects), rng.uniform(*SPEED, objects) * side
+    velocity = speed[:, None] * np.stack([np.cos(heading), np.sin(heading)], -1)
+    textures = [_grey_waves(rng, 1.1 * r, 2.5 * r, 20.0, _hue(k)) for k, r in enumerate(radius)]
+    ground = _grey_waves(rng, side / 3, float(side), 14.0, np.full(3, 110.0))
+    motion = centre, velocity, reach, GRAVITY * side, angle, spin
+    return _film(motion, half, square, textures, ground, num_frames, height, width, stride)
+
+
+def _hue(number: int) -> np.ndarray:
+    """The mean colour of object `number`."""
+    return np.where(np.arange(3) == HUE_CHANNELS[number], 60.0 + HUE_CONTRAST, 60.0)
+
+
+def _film(motion: tuple, half, square, textures, ground, num_frames: int, height: int, width: int, stride: int) -> dict:
+    """What `moving_shapes` returns, of bodies that begin with `motion` and obey it."""
+    centre, velocity, reach, pull, angle, spin = motion
+    objects = len(half)
     state = np.zeros((num_frames, objects, len(STATE)))
     for frame in range(num_frames):
         if frame:
@@ -144,6 +204,12 @@ def _waves(rng, shortest: float, longest: float, loudness: float) -> tuple:
     tint = rng.uniform(-1, 1, (4, 3))
     tint *= loudness / np.abs(tint).sum(0) * 2.0  # the sum of all waves stays within ±2·loudness: no clipping
     return vector, rng.uniform(0, 2 * np.pi, 4), tint, rng.uniform(64.0, 190.0, 3)
+
+
+def _grey_waves(rng, shortest: float, longest: float, loudness: float, base: np.ndarray) -> tuple:
+    """`_waves` of brightness alone, within ±loudness about the colour `base`."""
+    vector, phase, _, _ = _waves(rng, shortest, longest, loudness)
+    return vector, phase, np.full((4, 3), loudness / 4), base
 
 
 def _colour(texture: tuple, u: np.ndarray, v: np.ndarray) -> np.ndarray:

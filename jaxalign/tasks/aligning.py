@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxalign.alignment.grids import Grid, pool_time, resize_space
+from jaxalign.alignment.grids import Grid, pool_time, resample_time, resize_space
 from jaxalign.alignment.methods import (
     AlignmentSettings,
     Cutoff,
@@ -35,7 +35,8 @@ class Alignment:
     weight: Callable[[Array], Array]  # step -> weight
     teacher_depth: int | None = None  # the student's own block that is the target (LayerSync)
     pool_time: int = 1  # the teachers' frames after the first are averaged in groups of so many
-    resize: bool = False  # the teachers' tokens are resized in space to the grid
+    # The teachers' tokens are resized in space to the grid, and in time where it has a multiple of their frames.
+    resize: bool = False
     cutoff: Cutoff | None = None  # shuts the weight off when the similarity is high enough
 
     @property
@@ -95,7 +96,7 @@ def target(a: Alignment, taught: dict[str, Array], tapped: dict[int, Array]) -> 
         return jax.lax.stop_gradient(tapped[a.teacher_depth])
     tokens = [pool_time(taught[key], a.pool_time) for key in a.teachers]
     if a.resize:
-        tokens = [resize_space(x, a.grid[1:]) for x in tokens]
+        tokens = [resample_time(resize_space(x, a.grid[1:]), a.grid[0] // x.shape[1]) for x in tokens]
     return tokens[0] if len(tokens) == 1 else fuse_targets(tokens)
 
 

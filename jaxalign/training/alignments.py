@@ -147,7 +147,10 @@ def _target_grid(key: str, teacher, section: Section, clip: Grid, meeting: Grid)
             f"config.align.pool_time = {section['pool_time']}: {key} gives {t} frames, not 1 + a multiple of it"
         )
     t = 1 + (t - 1) // section["pool_time"]
-    return (t, *meeting[1:]) if section["resize"] else (t, h, w)
+    if not section["resize"]:
+        return t, h, w
+    # Tokens of several frames each (VideoMAE's tubelets) are spread over these; never are frames left out.
+    return (meeting[0] if meeting[0] % t == 0 else t, *meeting[1:])
 
 
 def _common(section: Section, steps: int) -> dict[str, Any]:
@@ -177,9 +180,11 @@ def _load_teachers(
     first = dict(section["teacher"])
     beside = first.pop("beside")
     bare = {field: None for field in first} | {"weights": ""}  # another network inherits no settings of the first
-    asked = [first, *(_overlay(bare, more, f"config.teacher.beside.{label}") for label, more in beside.items())]
+    asked = {"config.teacher": first}
+    for where, more in ((f"config.teacher.beside.{label}", more) for label, more in beside.items()):
+        asked[where] = _overlay(bare, more, where)
     found = {}
-    for wanted in asked:
+    for where, wanted in asked.items():
         # JSON, as a config read back from a workdir has it, makes lists of tuples.
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.items() if v is not None}
         name, weights, head = settings.pop("name"), settings.pop("weights"), settings.pop("motion_head", None)
@@ -195,7 +200,12 @@ def _load_teachers(
                 noted = converted.note(weights)["settings"] if weights and converted.is_converted(weights) else {}
                 loaded[identity] = key, teachers.abstract(name, **(noted | settings))
             else:
-                loaded[identity] = key, teachers.load(name, weights or None, **settings)
+                try:
+                    loaded[identity] = key, teachers.load(name, weights or None, **settings)
+                except FileNotFoundError as error:
+                    raise FileNotFoundError(
+                        str(error).replace("--config.teacher.weights", f"--{where}.weights")
+                    ) from None
             if head is not None:
                 loaded[identity] = key, _behind_motion_head(loaded[identity][1], name, head, abstract)
         key, teacher = loaded[identity]

@@ -18,6 +18,9 @@ from jaxalign.alignment import methods
 # What may change when a workdir is resumed: how long, how often, on which machines; never what is computed.
 NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every", "mesh", "data.workers")
 
+# Fields that older runs lack, and what they were.
+_LATER = {"data.split": 1, "data.frame_rate": 25.0, "motion.kernel": 1, "motion.norm": False, "motion.unit": 1.0}
+
 TASKS = ("denoising", "motion_subspace")
 METHODS = ("none", *methods.METHODS)
 _CHOICES = {
@@ -188,8 +191,9 @@ def identity(config: ml_collections.ConfigDict | Mapping) -> dict:
     else:
         unread = tuple(name for name in unread if name != "teacher")
     kept = {k: v for k, v in flat.items() if not any(k == n or k.startswith(n + ".") for n in NOT_IDENTITY + unread)}
-    # A run of before there were motion heads names none.
+    # A run of before there were motion heads, or a choice of lists and rates, names none.
     kept = {k: v for k, v in kept.items() if not (v is None and k.endswith("teacher.motion_head"))}
+    kept = {k: v for k, v in kept.items() if v != _LATER.get(k, ...)}
     return json.loads(json.dumps(kept))
 
 

@@ -36,6 +36,8 @@ def of_clips(config: ml_collections.ConfigDict, source: Source | None = None) ->
     """What a clip looks like and, with a source, of which videos it is."""
     names = ("num_frames", "height", "width", "stride", "short", "hflip")
     fields = {f"data.{name}": config.data[name] for name in names}
+    if config.data.get("split", 1) != 1:  # unwritten in folders of before there was a choice
+        fields["data.split"] = config.data.split
     return fields if source is None else fields | {VIDEOS: fingerprint(source)}
 
 

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign.data.sources import open_source
 from jaxalign.training.mesh import batch_sharding
 
 # What a task reads, if the batch has it: these, and "teacher/KEY", "saliency/GRID" (tasks/aligning.py), "motion/flow"
@@ -18,6 +19,16 @@ BATCH_PARTS = ("video", "label", "tokens", "moments", "prompt", "teacher", "sali
 def clip_settings(config: ml_collections.ConfigDict) -> dict[str, int | str]:
     """What a clip looks like, as the data functions take it."""
     return {name: config.data[name] for name in ("num_frames", "height", "width", "stride", "short")}
+
+
+def source_settings(config: ml_collections.ConfigDict) -> dict[str, int | float]:
+    """How `sources.open_source` is to read what data.source names; a config of before these fields has none of them."""
+    return {name: config.data[name] for name in ("split", "frame_rate") if name in config.data}
+
+
+def classes_of(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The classes of what data.source names. Raises as `sources.open_source`."""
+    return open_source(config.data.source, **source_settings(config)).classes
 
 
 def task_parts(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from jaxalign.data.clips import Source
 from jaxalign.data.sources import open_source
 from jaxalign.tasks.motion_subspace import FLOW_PART, TARGET_PART
 from jaxalign.training import contents, subspaces
+from jaxalign.training.data_settings import source_settings
 from jaxalign.training.subspaces import FLOW_NETWORKS, ON_HOST
 
 STORED = "flow_target"  # precompute's name for it
@@ -21,7 +22,7 @@ def open_with_flow(config: ml_collections.ConfigDict) -> Source:
     Of a precomputed folder the stored flow targets are taken. Raises ValueError or OSError, one line; ImportError
     where OpenCV is asked and not installed.
     """
-    source, flow = open_source(config.data.source), config.motion.flow.name
+    source, flow = open_source(config.data.source, **source_settings(config)), config.motion.flow.name
     if source.recall is not None:
         return _stored(config, source.name)
     if flow == "exact" and source.render is None:

@@ -15,7 +15,7 @@ from jaxalign.data import captions
 from jaxalign.data.clips import Clip, Source, windows
 from jaxalign.data.sources import open_source
 from jaxalign.training import contents, flow_data
-from jaxalign.training.data_settings import clip_settings
+from jaxalign.training.data_settings import clip_settings, source_settings
 from jaxalign.training.setup import is_told_by_text, text_weights
 from jaxalign.training.subspaces import is_subspace
 
@@ -32,7 +32,7 @@ def open_told(config: ml_collections.ConfigDict) -> Source:
     d = config.data
     if is_subspace(config):
         return flow_data.open_with_flow(config)
-    source = open_source(d.source)
+    source = open_source(d.source, **source_settings(config))
     if source.recall is not None:
         return contents.bind(config, source.name)
     if not is_told_by_text(config):
@@ -53,7 +53,8 @@ def of_run(config: ml_collections.ConfigDict, most: int = 8) -> list[str]:
     if config.sample.prompts:
         return list(config.sample.prompts)
     d = config.data
-    source = captions.captioned(open_source(d.source), d.source, d.captions, d.video_column, d.caption_column)
+    source = open_source(d.source, **source_settings(config))
+    source = captions.captioned(source, d.source, d.captions, d.video_column, d.caption_column)
     held_out = windows(source, "held_out", Clip(**clip_settings(config)))
     return list(dict.fromkeys(source.captions[window.item] for window in held_out))[:most]
 

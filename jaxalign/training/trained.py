@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import ml_collections
 
-from jaxalign.data.sources import open_source
 from jaxalign.models import lora
 from jaxalign.training import config as config_lib
 from jaxalign.training import init_from, setup
+from jaxalign.training.data_settings import classes_of
 from jaxalign.training.restore import find_checkpoint, load_params, read_metadata
 
 
@@ -54,7 +54,7 @@ def open_run(
     config.update(overrides or {})
     config = config_lib.resolve(config)
     # Only the number of classes is the data's; a fixed one spares opening the source.
-    classes = len(open_source(config.data.source).classes) if config.model.num_classes == -1 else 0
+    classes = len(classes_of(config)) if config.model.num_classes == -1 else 0
     run = setup.build(config, num_classes=classes, with_text=with_text)
     abstract = jax.eval_shape(run.init, jax.random.key(0))
     source = "ema" if weights == "ema" else "trainable.model"

@@ -151,3 +151,14 @@ def test_tfds_folders_are_read_without_tensorflow(tmp_path, monkeypatch):
         shard.rename(str(shard).replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="file_format='array_record'"):
         tfds("toy")
+
+
+def test_ucf101_of_tfds_is_taken_by_its_split(tmp_path, monkeypatch):
+    for config, clips in (("ucf101_1", 3), ("ucf101_1_256", 4), ("ucf101_3", 5)):
+        _tfds(tmp_path / "ucf101" / config / "2.0.0", {"train": _clips(clips, frames=2), "test": _clips(1, frames=2)})
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    assert [i.split for i in open_source("tfds:ucf101").items].count("train") == 4
+    assert [i.split for i in open_source("tfds:ucf101", split=3).items].count("train") == 5
+    assert len(tfds("ucf101/ucf101_1").items) == 4, "a config by its name"
+    with pytest.raises(ValueError, match=r"data.split=2: .* is prepared for split 1, 3 only"):
+        open_source("tfds:ucf101", split=2)

@@ -64,7 +64,16 @@ def test_ucf101_layout_and_its_own_lists(tmp_path, numbered):
     assert source.classes == ("ApplyLipstick", "Archery")
     assert [item.split for item in source.items] == ["train", "held_out", "unused"] * 2
     assert {w.item for w in windows(source, "train", Clip(8, 24, 24))} == {0, 3}
-    assert not any("shorter" in line for line in summary(source, **SIZE))
+    text = "\n".join(summary(source, **SIZE))
+    assert "shorter" not in text and "split by trainlist01.txt and testlist01.txt: 2 videos to train on, 2 held" in text
+    assert "2 videos in neither list and not used: ApplyLipstick/v_ApplyLipstick_g03_c01.avi, Archery/" in text
+    with pytest.raises(ValueError, match=r"data.split=2: no trainlist02.txt in .* \(there are those of split 1"):
+        open_source(str(tmp_path / "UCF-101"), split=2)
+    for kind, group in (("train", "_g03"), ("test", "_g01")):  # encoded anew: the ending is another
+        (lists / f"{kind}list02.txt").write_text("".join(f"{name[:-3]}mp4\n" for name in names if group in name))
+    second = open_source(str(tmp_path / "UCF-101"), split=2)
+    assert [item.split for item in second.items] == ["held_out", "unused", "train"] * 2
+    assert fingerprint(second) != fingerprint(source)
 
 
 def test_many_files_are_split_by_name_and_stay_where_they_are(tmp_path, numbered):
@@ -134,7 +143,7 @@ def test_folders_without_videos(tmp_path):
 
 
 def test_demo_needs_its_package(monkeypatch):
-    assert set(SOURCES) == {"demo", "synthetic", "folder", "array_record", "tfds", "precomputed"}
+    assert set(SOURCES) == {"demo", "synthetic", "folder", "frames", "array_record", "tfds", "precomputed"}
     source = open_source("demo")
     assert [item.name for item in source.items] == ["bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"]
     assert len(summary(source, **SIZE)) == 1 and "3 videos, 19 s" in summary(source, **SIZE)[0]

@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from jaxalign.data.pipeline import batches, held_out
 from jaxalign.data.sources import open_source
-from jaxalign.data.synthetic import STATE, bounce, moving_shapes
+from jaxalign.data.synthetic import GRAVITY, HUE_CHANNELS, HUE_CONTRAST, STATE, bounce, falling_shapes, moving_shapes
 
 SIZE = {"num_frames": 6, "height": 64, "width": 96}
 
@@ -126,3 +126,30 @@ def test_as_a_source():
     held = held_out(source, 4, **size)
     assert not np.array_equal(held["video"][0], moving_shapes(0, 0, **size)["video"])
     np.testing.assert_array_equal(held["video"][0], moving_shapes(0, 4096, **size)["video"])
+
+
+def test_falling_shapes_are_told_by_their_hue_and_fall_alike():
+    worlds = [falling_shapes(0, k, num_frames=6, height=48, width=64, stride=2) for k in range(4)]
+    assert len({world["video"].tobytes() for world in worlds}) == 4
+    for world in worlds:
+        video, state = world["video"].astype(int), world["state"]
+        assert state.shape == (6, 2, len(STATE))
+        other = np.stack([np.delete(video, c, -1).max(-1) for c in HUE_CHANNELS[:2]])
+        above = np.stack([video[..., c] for c in HUE_CHANNELS[:2]]) - other
+        assert above.max() <= HUE_CONTRAST + 1
+        ground = (above <= 0).all(0)  # and where the edges of both meet, which are neither
+        assert ground.mean() > 0.5 and (np.ptp(video, -1)[ground] <= 1).mean() > 0.98
+        for frame in range(6):
+            x, y = state[frame, 1, :2].round().astype(int)  # the last drawn is whole
+            assert abs(above[1, frame, y, x] - HUE_CONTRAST) <= 2
+            assert above[:, frame].max() > 0.9 * HUE_CONTRAST
+        # Energy is kept through every bounce.
+        energy = (state[..., 2] ** 2 + state[..., 3] ** 2) / 2 - GRAVITY * 48 * state[..., 1]
+        np.testing.assert_allclose(energy, np.broadcast_to(energy[0], energy.shape), atol=1e-4)
+    source = open_source("synthetic:gravity")
+    batch = held_out(source, 3, num_frames=3, height=16, width=16, stride=2)
+    assert source.classes == ("gravity",) and batch["video"].shape == (3, 3, 16, 16, 3) and (batch["label"] == 0).all()
+    with pytest.raises(ValueError, match="'synthetic:gravity'"):
+        open_source("synthetic:drift")
+    with pytest.raises(ValueError, match="1 to 3"):
+        falling_shapes(0, 0, num_frames=1, height=16, width=16, objects=4)

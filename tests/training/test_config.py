@@ -109,6 +109,15 @@ def test_the_same_command_finds_its_workdir_and_another_does_not():
     assert config_lib.default_workdir(config_lib.resolve(other), "tsa") != one
 
 
+def test_a_run_of_before_a_field_is_still_the_same_run():
+    config = config_lib.resolve(tsa.get_config())
+    older = config.to_dict()
+    del older["data"]["split"], older["data"]["frame_rate"]
+    assert config_lib.identity(older) == config_lib.identity(config)
+    config.data.split = 2
+    assert config_lib.identity(older) != config_lib.identity(config)
+
+
 def test_compare_lists_differences():
     config = config_lib.resolve(tsa.get_config())
     stored = json.loads(json.dumps(config.to_dict()))
