@@ -1,4 +1,4 @@
-"""Weights in and out of PyTorch: teachers by name, and the students of runs.
+"""Weights in and out of PyTorch: teachers and the networks of the scores by name, and the students of runs.
 
     python -m jaxalign.convert --list                                     which files there are, and where
     python -m jaxalign.convert dinov2_b --weights FILE --out FOLDER       upstream's file -> sharded arrays (Orbax)
@@ -13,6 +13,7 @@ is given where a file is: `teachers.load(name, FOLDER)`, `--config.teacher.weigh
 of this. The model is in memory once, and beyond it about one layer; outputs get their names when whole.
 """
 
+import difflib
 import json
 import shutil
 import sys
@@ -28,42 +29,44 @@ from absl import flags
 from tqdm import tqdm
 
 from jaxalign import teachers
-from jaxalign.data.sources import open_source
 from jaxalign.interop import converted, diffusers_folder, lora_file, manifests, mapping, safetensors_file
 from jaxalign.interop.dtypes import is_floating
+from jaxalign.metrics import networks
 from jaxalign.models import cogvideox_folder, lora
 from jaxalign.training import config as config_lib
 from jaxalign.training import init_from, restore, setup, trained
+from jaxalign.training.data_settings import classes_of
 
 DTYPES = {"keep": "keep", "fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
 
 def to_orbax(name: str, weights: str | Path | None, out: str | Path, *, dtype: str = "keep") -> Path:
-    """Upstream's file of teacher `name` as a folder of sharded arrays; returns it.
+    """Upstream's file of teacher or feature network `name` as a folder of sharded arrays; returns it.
 
     `dtype`: 'fp32', 'bf16' or 'keep', what the file has. Raises ValueError and OSError, one line, as `teachers.load`
     and `converted.write`.
     """
     folder = converted.check_free(out)
-    module, layout, settings, kept = _teacher(name, weights, dtype)
-    source = Path(weights).name if weights else teachers.files(name)[0].name
+    module, layout, settings, kept = _network(name, weights, dtype)
+    source = Path(weights).name if weights else _home(name).files(name)[0].name
     print(f"writing {folder}", flush=True)
     return converted.write(folder, module, kept=kept, name=name, source=source, layout=layout, settings=settings)
 
 
 def to_torch(name: str, weights: str | Path | None, out: str | Path, *, dtype: str = "keep") -> Path:
-    """A converted folder, or a file, of teacher `name` as OUT/NAME.safetensors in upstream's names; returns the file.
+    """A converted folder, or a file, of network `name` as OUT/NAME.safetensors in upstream's names; returns the file.
 
     Raises as `to_orbax`; FileExistsError for a file that is there.
     """
     target = _free_file(Path(out) / f"{name}.safetensors")
     if weights is not None and converted.is_converted(weights):
         note = converted.note(weights)
-        module = converted.read_lazily(weights, teachers.abstract(name, **note["settings"]), name=name)
+        module = converted.read_lazily(weights, _home(name).abstract(name, **note["settings"]), name=name)
         layout, kept = note["layout"], converted.kept(weights)
     else:
-        module, layout, _, kept = _teacher(name, weights, dtype)
-    return _write_torch(target, module, teachers.TEACHERS[name].layouts[layout], {"network": name}, dtype, kept)
+        module, layout, _, kept = _network(name, weights, dtype)
+    rules = {**teachers.TEACHERS, **networks.NETWORKS}[name].layouts[layout]
+    return _write_torch(target, module, rules, {"network": name}, dtype, kept)
 
 
 def student_to_torch(path: str | Path, out: str | Path, *, weights: str = "ema", dtype: str = "keep") -> Path:
@@ -147,7 +150,7 @@ def _open_saved(path: str | Path, weights: str) -> _Saved:
     config = config_lib.resolve(config)
     classes = _num_classes(folder, source)
     if config.get("lora", {}).get("rank") and config.model.num_classes == -1:  # the table is the base's
-        classes = len(open_source(config.data.source).classes)
+        classes = len(classes_of(config))
     run = setup.build(config, num_classes=classes, abstract=True)
     metadata = restore.read_metadata(folder)
     if run.task.lora is not None:
@@ -191,22 +194,32 @@ def _num_classes(folder: Path, source: str) -> int:
     return rows - 1
 
 
-def _teacher(name: str, weights: str | Path | None, dtype: str) -> tuple[Any, str, dict[str, Any], mapping.Arrays]:
+def _home(name: str) -> Any:
+    """Who knows the network: `jaxalign.teachers` or `jaxalign.metrics.networks`. Raises ValueError if neither does."""
+    for home, table in ((teachers, teachers.TEACHERS), (networks, networks.NETWORKS)):
+        if name in table:
+            return home
+    near = difflib.get_close_matches(name, [*teachers.TEACHERS, *networks.NETWORKS], n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "--list shows what there is"
+    raise ValueError(f"network {name!r} is not known; {hint}")
+
+
+def _network(name: str, weights: str | Path | None, dtype: str) -> tuple[Any, str, dict[str, Any], mapping.Arrays]:
     """(module, layout, settings, what no leaf takes) of a file or a converted folder, read with a progress bar."""
+    home = _home(name)
     if weights is not None and converted.is_converted(weights):
         note = converted.note(weights)
-        module = teachers.load(name, weights, dtype=DTYPES[dtype])
+        module = home.load(name, weights, dtype=DTYPES[dtype])
         return module, note["layout"], note["settings"], converted.kept(weights)
-    teachers.abstract(name)  # an unknown name is the first thing to tell
-    path = teachers.find_file(name, weights)
-    settings = next((dict(file.settings) for file in teachers.files(name) if file.name == path.name), {})
-    module = teachers.abstract(name, **settings)
+    path = home.find_file(name, weights)
+    settings = next((dict(file.settings) for file in home.files(name) if file.name == path.name), {})
+    module = home.abstract(name, **settings)
     total = sum(leaf.size for leaf in jax.tree.leaves(module))
     with Progress(f"reading {path}", total) as progress:
-        found = teachers.load_upstream(name, module, path, dtype=DTYPES[dtype], progress=progress)
+        found = home.load_upstream(name, module, path, dtype=DTYPES[dtype], progress=progress)
     if found.left_out:
         some = ", ".join(found.left_out[:3]) + (", ..." if len(found.left_out) > 3 else "")
-        print(f"left out, no part of the teacher: {len(found.left_out)} keys ({some})")
+        print(f"left out, no part of the network: {len(found.left_out)} keys ({some})")
     return found.module, found.layout, settings, found.kept
 
 

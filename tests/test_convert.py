@@ -162,7 +162,7 @@ def test_a_published_file_comes_out_with_every_key(tmp_path, capsys):
     path.rename(tmp_path / "mine.pth")
     capsys.readouterr()
     file = convert.to_torch("videomaev2_b", tmp_path / "mine.pth", tmp_path / "less")
-    assert "left out, no part of the teacher: 2 keys (head.bias, head.weight)" in capsys.readouterr().out
+    assert "left out, no part of the network: 2 keys (head.bias, head.weight)" in capsys.readouterr().out
     same_file(file, {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")})
 
 

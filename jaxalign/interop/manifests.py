@@ -34,6 +34,7 @@ class File:
     settings: Mapping[str, Any] = dataclasses.field(
         default_factory=dict
     )  # with these the teacher has all that is in it
+    beside: str = ""  # a second file, read with it where it lies in the same folder
     package: str = ""  # installed distribution that carries it
     bytes: int = 0  # 0: not known
     sha256: str = ""

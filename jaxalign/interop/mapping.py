@@ -50,7 +50,7 @@ class _Piece:
     def outward(self, leaf: np.ndarray) -> np.ndarray:
         """The upstream array, from the leaf."""
         array = leaf[tuple(slice(*bounds) for bounds in self.box)].reshape(self.inner)
-        return array.transpose(self.axes).reshape(self.shape)
+        return np.asarray(array.transpose(self.axes).reshape(self.shape))  # of a single number NumPy makes no array
 
     def inward(self, array: np.ndarray) -> np.ndarray:
         """The leaf's box, from the upstream array: a view wherever the reshapes allow one."""

@@ -4,6 +4,10 @@ A pickle is a program: GLOBAL and STACK_GLOBAL name any importable object and RE
 stand here. First the whole opcode stream is read without running it, and every opcode or name outside a short
 list is refused. Then the standard unpickler runs with a `find_class` that imports nothing: it returns this
 module's own inert objects, whose `__setstate__` refuses, so that no attribute of anything can be set either.
+
+A TorchScript archive pickles instances of classes that its own code defines (`__torch__.…`). With `script=True`, and
+only then, NEWOBJ is let through, and every such name stands for one class of this module: a dict of the attributes.
+The code in the archive is never looked at.
 """
 
 import io
@@ -28,6 +32,8 @@ _ALLOWED = """
     BUILD BINPERSID
 """
 _OPCODES = frozenset(_ALLOWED.split())
+# The C unpickler makes instances of types alone; `Attributes` is the only type that `find_class` ever returns.
+_SCRIPT_OPCODES = _OPCODES | {"NEWOBJ"}
 
 
 class Damaged(ValueError):
@@ -54,6 +60,25 @@ class _StateDict(dict):
 
     def __setstate__(self, state):
         pass
+
+
+class Attributes(dict):
+    """Stands in for an instance of any class of a TorchScript archive: its attributes by name."""
+
+    __slots__ = ()
+
+    def __new__(cls, *arguments):
+        if arguments:
+            raise Refused("a TorchScript object made with arguments")
+        return super().__new__(cls)
+
+    def __init__(self, *arguments):
+        super().__init__()
+
+    def __setstate__(self, state):
+        if type(state) is not dict or not all(type(name) is str for name in state):
+            raise Refused("a TorchScript object with a state of its own making")
+        self.update(state)
 
 
 class _Callable(_Inert):
@@ -163,20 +188,39 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
-def _check_global(module: str, name: str) -> None:
+def _plain(value, *_ignored):
+    """torch/jit/_pickle.py: lists and dicts with a type's name beside them are lists and dicts."""
+    return value
+
+
+# What TorchScript's pickler may name beside the archive's classes; `build_tensor_from_id` needs a table of tensors
+# outside the pickle, which files do not have.
+_SCRIPT_GLOBALS: dict[tuple[str, str], Any] = {
+    ("torch.jit._pickle", name): _Callable(_plain)
+    for name in ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
+}
+
+
+def _resolve(module: str, name: str, script: bool) -> Any:
+    """The inert object that a name stands for; Refused for all others."""
     # A dotted name would walk attributes (torch._utils + os.system): only exact pairs are known here.
-    if (module, name) not in _GLOBALS:
-        raise Refused(f"{module}.{name}")
+    if (module, name) in _GLOBALS:
+        return _GLOBALS[module, name]
+    if script:
+        if (module, name) in _SCRIPT_GLOBALS:
+            return _SCRIPT_GLOBALS[module, name]
+        if module.split(".")[0] == "__torch__" and all(part.isidentifier() for part in (*module.split("."), name)):
+            return Attributes
+    raise Refused(f"{module}.{name}")
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, storage):
+    def __init__(self, file, storage, script):
         super().__init__(file, fix_imports=False, encoding="utf-8")
-        self._storage = storage
+        self._storage, self._script = storage, script
 
     def find_class(self, module, name):
-        _check_global(module, name)
-        return _GLOBALS[module, name]
+        return _resolve(module, name, self._script)
 
     def persistent_load(self, pid):
         is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"
@@ -186,10 +230,11 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(pid)
 
 
-def scan(stream: io.BufferedIOBase) -> bytes:
+def scan(stream: io.BufferedIOBase, script: bool = False) -> bytes:
     """Reads one pickle from `stream` without running it, checks its opcodes and names, and returns its bytes.
 
-    Raises Refused (names the target) or Damaged (not a pickle, or cut off).
+    `script`: the pickle is a TorchScript archive's. Raises Refused (names the target) or Damaged (not a pickle, or cut
+    off).
     """
     start = stream.tell()
     strings: list[Any] = [None, None]  # the latest two pushed: what STACK_GLOBAL will most likely take
@@ -200,11 +245,11 @@ def scan(stream: io.BufferedIOBase) -> bytes:
             name = opcode.name
             if name in ("GLOBAL", "INST"):
                 target = argument.replace(" ", ".", 1)
-                _check_global(*argument.split(" ", 1))
+                _resolve(*argument.split(" ", 1), script)
             elif name == "STACK_GLOBAL" and None not in strings[-2:]:
                 target = ".".join(strings[-2:])
-                _check_global(*strings[-2:])
-            if name not in _OPCODES:
+                _resolve(*strings[-2:], script)
+            if name not in (_SCRIPT_OPCODES if script else _OPCODES):
                 of = f" (of {target})" if target else ""
                 raise Refused(f"the opcode {name}{of} at byte {position - start}")
             # Memo slots are counted by pickle; an absurd index is only there to make the unpickler allocate.
@@ -230,16 +275,16 @@ def scan(stream: io.BufferedIOBase) -> bytes:
     return stream.read(end - start)
 
 
-def load(stream: io.BufferedIOBase, storage: Callable[[tuple], Storage] | None = None) -> Any:
+def load(stream: io.BufferedIOBase, storage: Callable[[tuple], Storage] | None = None, *, script: bool = False) -> Any:
     """Loads one pickle from `stream`, which is left just behind it.
 
     `storage` turns a persistent id ('storage', type, key, location, length, ...) into a Storage; without it
-    any persistent id is refused. Returns dicts, lists, tuples, strings, numbers, None and Tensor records.
-    Raises Refused (names the target) or Damaged.
+    any persistent id is refused. `script`: objects of a TorchScript archive become `Attributes`. Returns dicts, lists,
+    tuples, strings, numbers, None and Tensor records. Raises Refused (names the target) or Damaged.
     """
-    data = scan(stream)
+    data = scan(stream, script)
     try:
-        return _Unpickler(io.BytesIO(data), storage).load()
+        return _Unpickler(io.BytesIO(data), storage, script).load()
     except (Refused, Damaged):
         raise
     except Exception as error:  # a malformed program fails in many ways; none of them has run anything

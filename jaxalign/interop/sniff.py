@@ -5,12 +5,15 @@ from pathlib import Path
 
 TORCH_ZIP = "torch zip"
 TORCH_LEGACY = "torch legacy"
+TORCHSCRIPT = "torchscript"
+TORCH = (TORCH_ZIP, TORCH_LEGACY, TORCHSCRIPT)  # what torch_file reads
 SAFETENSORS = "safetensors"
 SAFETENSORS_INDEX = "safetensors index"
+NPZ = "npz"
 
 
 def kind(path: str | Path) -> str:
-    """Format of a weights file: one of the four constants of this module; only the first bytes are read.
+    """Format of a weights file: one of the constants of this module; only the first bytes are read.
 
     Raises FileNotFoundError, IsADirectoryError, or ValueError that says what the file is instead.
     """
@@ -66,11 +69,9 @@ def _zip_kind(path: Path) -> str:
             f"cannot be read ({error}); download it again"
         ) from error
     tails = {name.split("/", 1)[-1] for name in names}
-    if "constants.pkl" in tails or any(tail.startswith("code/") for tail in tails):
-        raise ValueError(
-            f"{path}: a TorchScript archive (a program with weights); save plain weights instead: "
-            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')"
-        )
+    if names and all(name.endswith(".npy") for name in names):
+        return NPZ
     if "data.pkl" not in tails:
-        raise ValueError(f"{path}: a zip archive, but not one that torch.save made (no data.pkl in it)")
-    return TORCH_ZIP
+        raise ValueError(f"{path}: a zip archive, but not one that torch.save made (no data.pkl in it), nor NumPy's")
+    script = "constants.pkl" in tails or any(tail.startswith("code/") for tail in tails)
+    return TORCHSCRIPT if script else TORCH_ZIP

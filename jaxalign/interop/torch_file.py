@@ -2,9 +2,10 @@
 
 Both formats of torch.save are read: the zip archive (PyTorch >= 1.6: `data.pkl` describes the tensors,
 `data/KEY` holds each storage's bytes, uncompressed) and the older plain one (pickles one behind the other,
-then the storages). The file is memory-mapped: tensors are views of it, and bytes are read only where somebody
-looks at them. Layouts: torch/serialization.py `_save`, `_legacy_save`. What a pickle may do:
-`restricted_pickle.py`.
+then the storages); of a TorchScript archive (torch.jit.save: the same zip with a program beside it, which nobody
+looks at) the tensors among its modules' attributes. The file is memory-mapped: tensors are views of it, and bytes
+are read only where somebody looks at them. Layouts: torch/serialization.py `_save`, `_legacy_save`,
+torch/csrc/jit/serialization/export_module.cpp. What a pickle may do: `restricted_pickle.py`.
 """
 
 import io
@@ -18,7 +19,7 @@ import numpy as np
 
 from jaxalign.interop import restricted_pickle, sniff
 from jaxalign.interop.arrays import LazyArrays, map_file
-from jaxalign.interop.restricted_pickle import Damaged, Refused, Storage, StorageType, Tensor
+from jaxalign.interop.restricted_pickle import Attributes, Damaged, Refused, Storage, StorageType, Tensor
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -30,8 +31,9 @@ def read(path: str | Path, *, key: str | None = None, lazy: bool = False) -> Map
     `key` says which part of a file with several parts is meant ('state_dict', 'model', 'ema', dotted for
     parts of parts); nested dicts inside it get dotted names. `lazy=True` gives read-only views of the
     memory-mapped file instead of arrays of their own. Entries that are no tensors (step counts, names) are
-    left out. Raises ValueError: truncated, a web page, safetensors, TorchScript, a pickle that wants anything
-    but tensors (named), no or several parts without `key` (lists them); FileNotFoundError, IsADirectoryError.
+    left out; a TorchScript archive gives its module's state dict. Raises ValueError: truncated, a web page,
+    safetensors, a pickle that wants anything but tensors (named), no or several parts without `key` (lists
+    them); FileNotFoundError, IsADirectoryError.
     """
     path = Path(path)
     tree, storage_bytes, release = _open(path)
@@ -50,11 +52,14 @@ def parts(path: str | Path) -> list[str]:
 def _open(path: Path) -> tuple[Any, "_Bytes", Callable[[], None]]:
     """(the unpickled tree, the bytes of its storages, what gives the file's pages back), or the errors of `read`."""
     kind = sniff.kind(path)
-    if kind not in (sniff.TORCH_ZIP, sniff.TORCH_LEGACY):
+    if kind not in sniff.TORCH:
         raise ValueError(f"{path}: a {kind} file, not a PyTorch one; open it with weights.open_weights")
     try:
         raw, release = map_file(path)
-        tree, storage_bytes = (_open_zip if kind == sniff.TORCH_ZIP else _open_legacy)(path, raw)
+        if kind == sniff.TORCH_LEGACY:
+            tree, storage_bytes = _open_legacy(path, raw)
+        else:
+            tree, storage_bytes = _open_zip(path, raw, script=kind == sniff.TORCHSCRIPT)
     except Refused as error:
         raise ValueError(
             f"{path}: refused: its pickle wants {error}, and only tensors in dicts, lists and tuples are "
@@ -71,14 +76,15 @@ def _open(path: Path) -> tuple[Any, "_Bytes", Callable[[], None]]:
 _Bytes = Callable[[str], tuple[np.ndarray, bool]]
 
 
-def _open_zip(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
+def _open_zip(path: Path, raw: np.ndarray, script: bool) -> tuple[Any, _Bytes]:
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in records if name.endswith("data.pkl") and name.count("/") <= 1]
         if len(pickles) != 1:
             raise Damaged(f"{len(pickles)} records named data.pkl")
         prefix = pickles[0][: -len("data.pkl")]
-        if compressed := [n for n, info in records.items() if info.compress_type != zipfile.ZIP_STORED]:
+        plain = (n for n in records if not script or n == pickles[0] or n.startswith(prefix + "data/"))
+        if compressed := [n for n in plain if records[n].compress_type != zipfile.ZIP_STORED]:
             raise Damaged(f"record {compressed[0]} is compressed, which torch.save never does")
         endian = records.get(prefix + "byteorder")
         try:
@@ -108,7 +114,9 @@ def _open_zip(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
             raise Damaged(f"record data/{record.key} is shorter than its {record.length} elements")
         return record
 
-    tree = restricted_pickle.load(io.BytesIO(program), storage)
+    tree = restricted_pickle.load(io.BytesIO(program), storage, script=script)
+    if script and not isinstance(tree, Attributes):
+        raise Damaged("a TorchScript archive whose data.pkl holds no module")
     return tree, lambda key: (storage_bytes(key), big)
 
 
@@ -229,9 +237,9 @@ def _candidates(tree: Any, prefix: str = "", depth: int = 3) -> dict[str, int]:
 
 
 def _select(tree: Any, key: str | None, path: Path) -> Any:
-    """The part of the file that `key` names; None is the whole, if the whole directly holds tensors."""
+    """The part of the file that `key` names; None is the whole, if it is a module or directly holds tensors."""
     if key is None:
-        if isinstance(tree, Tensor) or any(isinstance(child, Tensor) for _, child in _children(tree)):
+        if isinstance(tree, (Tensor, Attributes)) or any(isinstance(child, Tensor) for _, child in _children(tree)):
             return tree
         listed = _listed(tree)
         raise ValueError(f"{path}: the weights are inside a part of it; say which with key=: {listed}")

@@ -146,7 +146,7 @@ class BatchNorm(nnx.Module):
         self.running_mean = nnx.Param(jnp.zeros(width))
         self.running_var = nnx.Param(jnp.ones(width))
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
         # Folded into one multiply-add; the statistics themselves need fp32.
         scale, bias, mean, var = (
             p[...].astype(jnp.float32) for p in (self.scale, self.bias, self.running_mean, self.running_var)

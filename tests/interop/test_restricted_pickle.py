@@ -184,6 +184,14 @@ def as_zip(program: bytes, path):
     return path
 
 
+def as_torchscript(program: bytes, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/constants.pkl", PROTO2 + b")" + STOP)
+        archive.writestr("archive/code/__torch__.py", "import os\nos.abort()\n")
+    return path
+
+
 def as_legacy(program: bytes, path):
     parts = [pickle.dumps(part, 2) for part in (torch_file._LEGACY_MAGIC, torch_file._LEGACY_PROTOCOL, {})]
     path.write_bytes(b"".join(parts) + program + pickle.dumps([], 2))
@@ -212,16 +220,62 @@ def test_payload_is_live(which, tmp_path, extension):
     assert canary.exists()
 
 
-@pytest.mark.parametrize("wrap", [as_zip, as_legacy], ids=["zip", "legacy"])
+@pytest.mark.parametrize("wrap", [as_zip, as_legacy, as_torchscript], ids=["zip", "legacy", "torchscript"])
 @pytest.mark.parametrize(("table", "which"), [(t, w) for t in ("LIVE", "OTHERS") for w in globals()[t]])
 def test_refused_by_name(table, which, wrap, tmp_path, extension):
     canary = tmp_path / "canary"
     program = globals()[table][which](canary)
     path = wrap(program, tmp_path / "weights.pth")
     wanted = EXPECTED.get(which, which) if table == "LIVE" else which
-    with pytest.raises(ValueError, match=rf"weights\.pth: refused: its pickle wants .*{wanted}"):
+    wanted = rf"weights\.pth: refused: its pickle wants .*{wanted}"
+    if wrap is as_torchscript and which == "NEWOBJ":  # an opcode of its own, which finds no type but one
+        wanted = r"weights\.pth: truncated or damaged"
+    with pytest.raises(ValueError, match=wanted):
         torch_file.read(path)
     assert not canary.exists()
+
+
+SCRIPTED = name("__torch__.a.b", "C")
+MADE = SCRIPTED + b")" + b"\x81"
+
+
+def test_torchscript_objects_are_bags_of_attributes(tmp_path):
+    """Whatever the class is called, nothing is imported, and only in a TorchScript archive."""
+    canary = tmp_path / "canary"
+    for module, attribute in (("__torch__.os", "system"), ("__torch__", "eval"), ("__torch__.torch.nn", "__init__")):
+        program = PROTO2 + name(module, attribute) + b")\x81}" + text("w") + b"K\x05sb" + STOP
+        tree = restricted_pickle.load(io.BytesIO(program), script=True)
+        assert type(tree) is restricted_pickle.Attributes and tree == {"w": 5}
+        with pytest.raises(ValueError, match=r"its pickle wants __torch__"):
+            torch_file.read(as_zip(program, tmp_path / "w.pth"))
+    with pytest.raises(AttributeError):
+        tree.anything = 1  # no __dict__ to poison
+    refused = {
+        r"__torch__\.a\.b\.C\.__class__": PROTO4 + text("__torch__.a.b") + text("C.__class__") + b"\x93" + STOP,
+        r"__torch__\.a-b\.C": PROTO2 + name("__torch__.a-b", "C") + STOP,
+        r"__torch__x\.C": PROTO2 + name("__torch__x", "C") + STOP,
+        r"torch\.jit\._pickle\.build_tensor_from_id": PROTO2 + name("torch.jit._pickle", "build_tensor_from_id") + STOP,
+        r"torch\.jit\._recursive\.x": PROTO2 + name("torch.jit._recursive", "x") + STOP,
+        r"os\.system": PROTO2 + MADE + b"}" + text("w") + name("os", "system") + b"sb" + STOP,
+        "made with arguments": PROTO2 + SCRIPTED + tuple_of(text(touch(canary))) + b"\x81" + STOP,
+        "made with argument": PROTO2 + SCRIPTED + tuple_of(text("x")) + REDUCE + STOP,
+        "a state of its own": PROTO2 + MADE + tuple_of(b"N", b"}") + b"b" + STOP,
+        "a state of its own making": PROTO2 + MADE + b"}K\x01K\x02sb" + STOP,
+        r"the opcode INST": PROTO2 + MARK + b"i__torch__\nC\n" + STOP,
+        r"the opcode OBJ": PROTO2 + MARK + SCRIPTED + b"o" + STOP,
+        r"the opcode NEWOBJ_EX": PROTO4 + SCRIPTED + b")}\x92" + STOP,
+    }
+    for wanted, program in refused.items():
+        with pytest.raises(restricted_pickle.Refused, match=wanted):
+            restricted_pickle.load(io.BytesIO(program), script=True)
+    for program in (
+        PROTO2 + name("torch", "Size") + b")\x81" + STOP,  # NEWOBJ of what is no type
+        PROTO2 + SCRIPTED + b"}b" + STOP,  # BUILD on the class itself
+        PROTO2 + MADE + b"K\x01a" + STOP,  # APPEND to a bag
+    ):
+        with pytest.raises(restricted_pickle.Damaged):
+            restricted_pickle.load(io.BytesIO(program), script=True)
+    assert not canary.exists() and not vars(restricted_pickle.Attributes).keys() & {"w", "anything"}
 
 
 def test_bare_malicious_pickle_is_refused(tmp_path):
@@ -233,7 +287,7 @@ def test_bare_malicious_pickle_is_refused(tmp_path):
 
 
 def test_nothing_in_the_table_of_names_is_a_real_object():
-    for target in restricted_pickle._GLOBALS.values():
+    for target in (restricted_pickle._GLOBALS | restricted_pickle._SCRIPT_GLOBALS).values():
         assert isinstance(target, restricted_pickle._Inert)
         with pytest.raises(restricted_pickle.Refused):
             target.__setstate__({})

@@ -268,10 +268,14 @@ def test_wrong_files(tmp_path):
     with tarfile.open(path, "w") as archive:
         archive.addfile(tarfile.TarInfo("storages"))
     refuses("tar archive")
-    _zip(path, {"a.npy": b"x"})
+    _zip(path, {"a.txt": b"x"})
     refuses("not one that torch.save made")
+    _zip(path, {"a.npy": b"x"})
+    refuses("a npz file, not a PyTorch one")
     _zip(path, {"x/data.pkl": b"\x80\x02}.", "x/constants.pkl": b"\x80\x02}.", "x/code/y.py": b""})
-    refuses("TorchScript")
+    refuses("a TorchScript archive whose data.pkl holds no module")
+    _zip(path, {"x/constants.pkl": b"\x80\x02).", "x/code/y.py": b""})
+    refuses("not one that torch.save made")
     save({"w": torch.ones(3)}, path)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -287,9 +291,38 @@ def test_wrong_files(tmp_path):
     refuses(r"a folder.*it holds model\.safetensors", IsADirectoryError)
 
 
-def test_torchscript_of_torch_itself(tmp_path):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="TorchScript"):
+class Scripted(torch.nn.Module):
+    """Attributes of every kind that TorchScript's pickler writes its own way, none of which is a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3d = torch.nn.Conv3d(1, 2, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1), bias=False)
+        self.bn = torch.nn.BatchNorm3d(2, eps=1e-3)
+        self.fc = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1).half())
+        self.register_buffer("mean", torch.arange(6.0).reshape(2, 3).T)
+        self.names, self.sizes, self.rates = ["a", "b"], [1, 2], {"x": 0.5}
+        self.flags, self.floats, self.none, self.pair = [True, False], [0.5, 2.0], None, (1, "y")
+
+    def forward(self, x: torch.Tensor, scaled: bool = False):
+        return self.bn(self.conv3d(x)), self.names, self.sizes, self.rates, self.flags, self.floats, self.pair
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["arrays", "lazy"])
+def test_torchscript_gives_the_state_dict(tmp_path, lazy):
+    torch.manual_seed(0)
+    module = Scripted().eval()
+    torch.jit.script(module).save(str(tmp_path / "w.pt"))
+    state = torch.jit.load(str(tmp_path / "w.pt")).state_dict()
+    arrays = torch_file.read(tmp_path / "w.pt", lazy=lazy)
+    assert set(arrays) == set(state) == set(module.state_dict()) and len(state) == 11
+    for name, tensor in state.items():
+        same(arrays[name], tensor)
+    assert set(torch_file.read(tmp_path / "w.pt", key="fc.2")) == {"weight", "bias"}
+    traced = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.ones(1, 2))
+    traced.save(str(tmp_path / "t.pt"))
+    same(torch_file.read(tmp_path / "t.pt")["0.weight"], traced.state_dict()["0.weight"])
+    _cut(tmp_path / "w.pt", 0.5)
+    with pytest.raises(ValueError, match="truncated or damaged"):
         torch_file.read(tmp_path / "w.pt")
 
 
