@@ -9,8 +9,13 @@ teachers  what frozen teachers see in videos (a file, a folder or `demo`), to ch
         it: IICR over k, spectrum and its gap Δ (Align4Gen), PCA maps, trajectories, X-T slices, flow
 motion  of a run of configs/moalign_subspace.py: R² of ridge probes of flow and colour, from its subspace and from as
         many principal components of the raw tokens, on held-out clips; a CSV, and figures of predicted and true flow
+fvd, fid, inception_score, clip: generated videos, as Align4Gen scores them (--network NAME --weights FILE). Of a run
+        --count are generated, which goes on where it was stopped; or --videos FOLDER [--real SOURCE] scores a folder
 scaling --root FOLDER: how the held-out loss of a sweep's runs (launch/sweep.py) falls with compute, size and data:
         power laws with intervals, scaling.png and scaling.json there
+compare --root FOLDER: the methods of a sweep (configs/compare.py) beside each other, mean ± deviation over seeds:
+        held-out losses, and of --count samples a run (128) the distance from real clips and from the law of
+        synthetic:gravity; compare.md, .csv, .json and .png there
 
 Held-out clips, times and noise are the same for every run. Rows are printed as a Markdown table and kept as JSON:
 evaluate_loss.json in each workdir, evaluate_probe.json in the first. `teachers` keeps a CSV and pictures in --out.
@@ -31,8 +36,8 @@ from jaxalign.figures import teachers as teacher_figures
 from jaxalign.metrics import scaling as scaling_laws
 from jaxalign.metrics import teacher_report
 from jaxalign.metrics.motion import motion_magnitude
+from jaxalign.training import comparison, evaluation, motion_report, outcomes, prompts, scoring, showing, subspaces
 from jaxalign.training import config as config_lib
-from jaxalign.training import evaluation, motion_report, outcomes, prompts, showing, subspaces
 from jaxalign.training import probe as probe_lib
 from jaxalign.training.data_settings import clip_settings, split_batch
 from jaxalign.training.trained import open_run, read_config, whole
@@ -234,6 +239,21 @@ def scaling(root: Path, *, replicates: int = scaling_laws.REPLICATES) -> tuple[l
     return rows, numbers
 
 
+def compare(root: Path, *, samples: int = 128, clips: int = 32, weights: str = "ema") -> str:
+    """The table of a sweep's runs as Markdown, kept in compare.md, .csv, .json and .png; see the module's docstring.
+
+    Raises FileNotFoundError for a folder without finished runs.
+    """
+    runs, remarks = outcomes.read(root)
+    questions = comparison.Questions(samples, clips, weights)
+    rows, more = comparison.answers([run for run in runs if not subspaces.is_subspace(run.config)], questions)
+    paths = comparison.write(root, rows, remarks + more, questions)
+    _write_csv(root / "compare.csv", comparison.by_run(rows))
+    comparison.draw(rows, root / "compare.png")
+    print("to look at:", *(f"  {path}" for path in [*paths, root / "compare.csv", root / "compare.png"]), sep="\n")
+    return comparison.markdown(rows, remarks + more)
+
+
 def held_out(config, clips: int, *, at_once: int | None = None) -> list[dict]:
     """`clips` held-out clips of a run's source, in batches of equal size (default: the run's)."""
     found = pipeline.held_out(prompts.open_told(config), clips, **clip_settings(config))
@@ -258,14 +278,22 @@ def table(rows: list[dict]) -> str:
 def main(argv: list[str]) -> int:
     given = flags.FLAGS
     words = {"loss": loss, "probe": probe, "motion": motion}
-    if len(argv) != 2 or argv[1] not in (*words, "teachers", "scaling"):
-        names = ",".join((*words, "teachers", "scaling"))
+    known = (*words, *scoring.NETWORKS, "teachers", "scaling", "compare")
+    if len(argv) != 2 or argv[1] not in known:
+        names = ",".join(known)
         raise ValueError(f"write what to evaluate: python -m jaxalign.evaluate {{{names}}} --workdir RUN")
     if argv[1] == "teachers":
         return _teachers_of_flags(given)
-    if argv[1] == "scaling":
+    if argv[1] in scoring.NETWORKS:
+        print(table(_scores_of_flags(argv[1], given)))
+        return 0
+    if argv[1] in ("scaling", "compare"):
         if not given.root:
             raise ValueError("--root is missing: give the --root of launch/sweep.py")
+        if argv[1] == "compare":
+            named = {"samples": "count", "clips": "clips"}  # of which --count has another default here
+            print(compare(Path(given.root), **{k: given[v].value for k, v in named.items() if given[v].present}))
+            return 0
         print(*(table(rows) for rows in scaling(Path(given.root)) if rows), sep="\n\n")
         return 0
     if not given.workdir:
@@ -279,6 +307,20 @@ def main(argv: list[str]) -> int:
         options |= dict(steps=given.steps, learning_rate=given.learning_rate, seed=given.seed)
     print(table(words[argv[1]]([Path(w) for w in given.workdir], **options)))
     return 0
+
+
+def _scores_of_flags(word: str, given) -> list[dict]:
+    if given.weights == "raw":
+        raise ValueError("--weights=raw: here that is the network's file; the student's last weights are --student raw")
+    names = ("videos", "real", "network", "count", "seed", "split", "sampler", "guidance_scale", "student", "frames")
+    names += ("stride", "videos_stride", "at_once")
+    options = {name: given[name].value for name in names}
+    options |= dict(steps=given.sample_steps, size=teacher_report.parse_size(given.size))
+    options |= dict(weights=None if given.weights == "ema" else given.weights)
+    options |= dict(cache=given.cache or None, tokenizer=given.tokenizer or None)
+    options |= dict(out=given.out if given["out"].present else None)
+    rows = [scoring.score(word, workdir=w, **options) for w in (given.workdir or [None])]
+    return [row for own in rows for row in own]
 
 
 def _teachers_of_flags(given) -> int:
@@ -305,7 +347,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 200, "probe: training steps of a fresh head.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-3, "probe: of a fresh head (Adam, cosine to zero).")
     flags.DEFINE_integer("seed", 0, "probe: of the fresh heads and their data.")
-    flags.DEFINE_string("root", "", "scaling: the folder of a sweep's runs.")
+    flags.DEFINE_string("root", "", "scaling, compare: the folder of a sweep's runs.")
     flags.DEFINE_string("teachers", "", "teachers: NAME[:setting=value...], several with commas between.")
     flags.DEFINE_string("videos", "", "teachers: a video, a folder of videos, or a source (demo).")
     flags.DEFINE_string("out", "runs/teachers", "teachers: the folder for CSV and pictures.")
@@ -313,4 +355,16 @@ if __name__ == "__main__":
     flags.DEFINE_string("size", "256", "teachers: pixels of a clip, 256 or HEIGHTxWIDTH; each teacher resizes them.")
     flags.DEFINE_integer("stride", 3, "teachers: frames of the video from one of the clip to the next.", lower_bound=1)
     flags.DEFINE_list("clusters", "2,4,8,16,32", "teachers: the numbers of clusters k of IICR.")
+    flags.DEFINE_string("network", "", "Scores: i3d, videomaev2_g, inception, c3d, clip_vit_b32, efficientnet_lite0 …")
+    flags.DEFINE_string("real", "", "fvd, fid: the source of the real videos; default: the run's own.")
+    flags.DEFINE_integer("count", 2048, "Scores: videos, generated and real.", lower_bound=2)
+    flags.DEFINE_string("split", "held_out", "fvd, fid: held_out or train, of the real videos.")
+    flags.DEFINE_integer("sample_steps", 50, "Scores: calls of the student a video.", lower_bound=1)
+    flags.DEFINE_string("sampler", "", "Scores: ddim, ddpm, dpm or euler; default: the process's first.")
+    flags.DEFINE_float("guidance_scale", 1.0, "Scores: of the generated videos; 1 is without.")
+    flags.DEFINE_enum("student", "ema", ["ema", "raw"], "Scores: the averaged student or the last one.")
+    flags.DEFINE_integer("at_once", 8, "Scores: videos in a batch.", lower_bound=1)
+    flags.DEFINE_string("cache", "", "fvd, fid: folder of the real videos' statistics; default: in the user's cache.")
+    flags.DEFINE_string("tokenizer", "", "clip: folder or BPE file for CLIP-T, where videos have captions.")
+    flags.DEFINE_integer("videos_stride", 1, "Scores: frames of a video in --videos to the next.", lower_bound=1)
     config_lib.run_verb(main)

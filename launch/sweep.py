@@ -9,7 +9,8 @@ Points are all --config and --point, each with all values of every --grid; furth
 them. Every point is checked before the first one starts. More values, and further points of --point, may be added to a
 sweep later. ROOT/sweep.json says which workdir is which point and how it stands, ROOT/logs/ has what a run said.
 
---run=local   one run after another through launch/local.sh, or --jobs at once, which share the GPUs evenly
+--run=local   one run after another through launch/local.sh, or --jobs at once, which share the GPUs evenly, or the
+              cores where there are none: two small runs on a core each are faster than one after the other on two
 --run=slurm   one job a point through launch/slurm.sbatch; --sbatch="--gpus-per-node=1 …" are options of sbatch
 --run=print   the commands of all that is not finished, for any other scheduler
 
@@ -18,6 +19,7 @@ Ctrl-C and SIGTERM are passed on; once more stops at once. Exit status: 0 all fi
 """
 
 import argparse
+import contextlib
 import dataclasses
 import fcntl
 import itertools
@@ -211,9 +213,31 @@ def shares_of_gpus(jobs: int) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[k * each : (k + 1) * each])} for k in range(jobs)]
 
 
+def shares_of_cores(jobs: int, shares: list[dict[str, str]]) -> list[set[int] | None]:
+    """The CPU cores of each of `jobs` runs at once; None, all of them, beside GPUs and where they cannot be shared."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    gpus = any(shares) or bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [None] * jobs if jobs == 1 or gpus or len(cores) < jobs else [set(cores[k::jobs]) for k in range(jobs)]
+
+
+@contextlib.contextmanager
+def on_cores(cores: set[int] | None):
+    """What is started inside inherits these cores."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 def run_local(points: list[Point], index: Index, jobs: int) -> int:
     """Run all points, `jobs` at once; returns the exit status."""
     shares, logs = shares_of_gpus(jobs), index.path.parent / "logs"
+    cores = shares_of_cores(jobs, shares)
     logs.mkdir(parents=True, exist_ok=True)
     lock = open(logs / ".lock", "w")  # noqa: SIM115  (inherited by the runs and held until the last has ended)
     try:
@@ -240,15 +264,16 @@ def run_local(points: list[Point], index: Index, jobs: int) -> int:
                     break
                 point = waiting.popleft()
                 log = open(logs / f"{point.name}.log", "ab")  # noqa: SIM115  (closed when the run ends)
-                process = subprocess.Popen(
-                    ["bash", str(ROOT / "launch" / "local.sh"), *point.arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={"PYTHON": sys.executable} | os.environ | shares[slot],
-                    pass_fds=[lock.fileno()],
-                    start_new_session=True,  # the terminal's Ctrl-C reaches a run once, through `pass_on`
-                )
+                with on_cores(cores[slot]):
+                    process = subprocess.Popen(
+                        ["bash", str(ROOT / "launch" / "local.sh"), *point.arguments],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={"PYTHON": sys.executable} | os.environ | shares[slot],
+                        pass_fds=[lock.fileno()],
+                        start_new_session=True,  # the terminal's Ctrl-C reaches a run once, through `pass_on`
+                    )
                 running[slot] = point, process, log, log.tell(), time.monotonic()
                 index.set(point, "running")
                 print(f"[{len(points) - len(waiting)}/{len(points)}] {point.name}", flush=True)

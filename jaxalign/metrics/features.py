@@ -1,0 +1,168 @@
+"""Features of videos for scores: a frozen network, found by name, asked batch by batch on all local devices.
+
+    network = features.open_network("efficientnet_lite0")
+    found = features.features(network, videos)  # uint8 [n, t, h, w, 3] -> float32 [n, d]
+
+Networks are those of metrics/networks (i3d, c3d, inception, clip), VideoMAE by its teachers' names, and
+efficientnet_lite0, whose weights come with the demo: anybody can compute a Fréchet distance in its features, and nobody
+should call that FVD. `Network.title` says what a distance in the features of a network is called.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+
+from jaxalign import teachers
+from jaxalign.interop.mapping import named_leaves
+from jaxalign.metrics import networks
+from jaxalign.models.frames import over_frames
+from jaxalign.teachers import videomae
+
+DEMO = "efficientnet_lite0"
+AT_ONCE = 8  # clips in a batch
+FRAMES_AT_ONCE = 64  # of image networks, on a device
+VIDEO_NETWORKS = ("i3d", "c3d")  # of those in metrics/networks the ones that see whole clips; the others see images
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A frozen network on its devices; `ask` is compiled once a shape and belongs to one kind of output."""
+
+    name: str
+    title: str  # what a Fréchet distance in these features is called
+    module: Any
+    ask: Callable[[Any, Any], Any]  # (module, uint8 [b, t, h, w, 3]) -> [b, d], or [b, t, d] of every frame
+    mesh: Mesh
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+def names() -> list[str]:
+    """What `open_network` knows."""
+    return [*networks.NETWORKS, *videomae.PRESETS, DEMO]
+
+
+def open_network(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    per_frame: bool = False,
+    logits: bool = False,
+    devices: Any = None,
+    **settings: Any,
+) -> Network:
+    """A network with its weights, whole on every one of `devices` (default: all local ones).
+
+    One vector a clip, of image networks the mean over its frames, or with `per_frame` one for every frame. `logits`:
+    class scores instead of features (c3d, inception, efficientnet_lite0). Raises ValueError for a name, or an output,
+    that there is not, FileNotFoundError for weights that are missing (it names the file).
+    """
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"
+        raise ValueError(f"--network {name!r} is not known; {hint}")
+    sees_clips = name in videomae.PRESETS or name.startswith(VIDEO_NETWORKS)
+    if per_frame and sees_clips:
+        raise ValueError(f"--network {name} sees whole clips and has nothing to say of a frame: take inception")
+    if name == DEMO and not logits:
+        settings = {"stride": 32, "size": 224} | settings
+    loader = networks if name in networks.NETWORKS else teachers
+    output = _output(name, logits)  # before weights are read
+    try:
+        module = loader.load(name, weights, **settings)
+    except FileNotFoundError as error:
+        words = re.sub(r"\([^()]*\bweights=FILE\)", "(--weights FILE)", str(error))
+        if name in videomae.PRESETS:
+            words += "; papers' content-debiased FVD is videomaev2_g's with vit_g_hybrid_pt_1200e_ssv2_ft.pth"
+        raise FileNotFoundError(words) from None
+
+    def ask(module, videos):
+        video = videos.astype(jnp.float32) / 127.5 - 1.0
+        found = output(module, video).astype(jnp.float32)
+        return found if per_frame or sees_clips else found.mean(axis=1)
+
+    devices = jax.local_devices() if devices is None else list(devices)
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    module = jax.device_put(module, NamedSharding(mesh, PartitionSpec()))
+    # The output is small: whole on every device, and fetched from one of them.
+    ask = jax.jit(ask, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    title = _title(name, per_frame)
+    return Network(name, title, module, ask, mesh, tuple(sorted((k, str(v)) for k, v in settings.items())))
+
+
+def _output(name: str, logits: bool) -> Callable[[Any, Any], Any]:
+    """(module, video [b, t, h, w, 3] in [-1, 1]) -> what is wanted of it."""
+    if name == DEMO:
+        return (lambda m, v: m.logits(v)) if logits else (lambda m, v: m(v).mean(axis=(2, 3)))
+    if name in videomae.PRESETS or (logits and name.startswith(("i3d", "clip"))):
+        if logits:
+            raise ValueError(f"--network {name} has no classes for an Inception Score: take c3d")
+        return lambda m, v: m.features(v)
+    if name.startswith(VIDEO_NETWORKS):
+        return lambda m, v: m(v)
+    if logits:  # without bias, as torch-fidelity's Inception Score takes them
+        return lambda m, v: over_frames(lambda images: m.logits(images, biased=False), v, FRAMES_AT_ONCE)
+    return lambda m, v: over_frames(m, v, FRAMES_AT_ONCE)
+
+
+def _title(name: str, per_frame: bool) -> str:
+    if name.startswith("i3d"):
+        return "FVD"
+    if name in videomae.PRESETS:
+        return f"FVD ({name} features)"
+    if per_frame and name.startswith("inception"):
+        return "FID"
+    clips = "of clips" if name.startswith(VIDEO_NETWORKS) else "of clips, features averaged over frames"
+    what = "of frames" if per_frame else clips
+    return f"Fréchet distance {what} ({name} features; not {'FID' if per_frame else 'FVD'})"
+
+
+def features(
+    network: Network,
+    videos: UInt8[np.ndarray, "n t h w 3"],
+    *,
+    at_once: int = AT_ONCE,
+    progress: Callable[[int], None] | None = None,
+) -> Float[np.ndarray, "n d"] | Float[np.ndarray, "n t d"]:
+    """The network's features of clips, in batches of `at_once` (and of every device at least one), fp32 on the host.
+
+    Batches are full, the last one with repeats, so there is one compilation and a clip's bits do not depend on how
+    many follow. `progress` is told how many clips are done. Raises ValueError without a clip.
+    """
+    if not len(videos):
+        raise ValueError("there are no clips to take features of")
+    size = at_once + -at_once % network.mesh.size
+    rows, found = NamedSharding(network.mesh, PartitionSpec("data")), []
+    for first in range(0, len(videos), size):
+        batch = videos[np.arange(first, first + size) % len(videos)]
+        found.append(network.ask(network.module, jax.device_put(batch, rows)))
+        if len(found) > 1:  # one batch is computed while the next one is sent
+            found[-2] = np.asarray(found[-2])
+        if progress is not None:
+            progress(min(first + size, len(videos)))
+    return np.concatenate([np.asarray(part) for part in found])[: len(videos)]
+
+
+def digest(tree: Any) -> str:
+    """Digest of every leaf of a module, by name: it names the weights, whatever file they came in."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, leaf in named_leaves(tree)[0]:
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def text_features(network: Network, token_ids: np.ndarray) -> Float[np.ndarray, "n d"]:
+    """CLIP's embeddings of texts, given as token ids [n, length]."""
+    ask: Callable[[Any, Array], Array] = jax.jit(lambda module, ids: module.text(ids).astype(jnp.float32))
+    return np.asarray(ask(network.module, jnp.asarray(token_ids)))

@@ -1,0 +1,137 @@
+"""configs/compare.py and `evaluate compare`: what is compared, how it is put together, what is said to be missing."""
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import compare as compare_config
+from jaxalign import evaluate
+from jaxalign.training import comparison, setup
+from jaxalign.training import config as config_lib
+from jaxalign.training.comparison import REAL, Questions, Row
+
+ROOT = Path(__file__).parents[2]
+DATA = "synthetic:gravity, 8 × 16 × 16"
+
+
+def test_all_methods_meet_the_same_steps_clips_and_student():
+    for data in compare_config.DATA:
+        for size in (1, 2, 4):
+            configs = {
+                method: config_lib.resolve(compare_config.get_config(f"{method},{data},size={size}"))
+                for method in comparison.METHODS
+            }
+            assert [comparison.method_of(c) for c in configs.values()] == list(comparison.METHODS)
+            for field in ("steps", "batch_size", "model", "data", "optimizer", "ema_decay", "precision"):
+                assert len({str(getattr(c, field)) for c in configs.values()}) == 1, field
+            head = config_lib.resolve(compare_config.get_config(f"motion_head,{data},size={size}"))
+            moalign = configs["moalign"]
+            assert moalign.teacher.motion_head == f"runs/compare-heads/{data},size={size}/motion_head"
+            assert (head.teacher.size, head.teacher.stride) == (moalign.teacher.size, moalign.teacher.stride)
+    sizes = [compare_config.get_config(f"repa,gravity,size={size}") for size in (1, 2, 4)]
+    for of in (lambda c: c.model.width, lambda c: c.model.depth, lambda c: c.batch_size, lambda c: c.data.height):
+        assert sorted({of(c) for c in sizes}) == [of(c) for c in sizes]
+    assert compare_config.get_config("moalign,real,heads=x").teacher.motion_head == "x/real,size=1/motion_head"
+
+
+@pytest.mark.parametrize("method", ["baseline", "m_tsa", "align4gen", "motion_head"])
+def test_students_and_teachers_fit(method):
+    config = config_lib.resolve(compare_config.get_config(f"{method},gravity"))
+    run = setup.build(config, abstract=True)
+    assert run.student_grid == (8, 4, 4)
+    assert all(a.grid == (8, 4, 4) for a in getattr(run.task, "alignments", ()))
+
+
+@pytest.mark.parametrize("point", ["x,real", "repa,x", "repa,real,size=0", "repa,real,size=a", "repa,real,n=1", ""])
+def test_a_point_that_is_none(point):
+    with pytest.raises(ValueError, match=r"METHOD|whole number"):
+        compare_config.get_config(point)
+
+
+def _rows():
+    lossless = {"denoising_low": [0.3, 0.32, 0.34], "motion_error": [10.0, 12.0, 14.0], "frechet": [90.0, 91.0, 95.0]}
+    return [
+        Row(DATA, REAL, (), {"motion_error": [0.4], "frechet": [3.0]}),
+        Row(DATA, "baseline", (0, 1, 2), lossless),
+        Row(DATA, "m_tsa", (0, 1), {"denoising_low": [0.3, 0.3], "motion_error": [9.0, np.nan], "aligned": [0.2, 0.3]}),
+        Row("demo, 8 × 16 × 16", "baseline", (0, 1, 2), {"denoising_low": [0.1, 0.2, 0.3]}),
+    ]
+
+
+def test_the_table_has_means_deviations_and_what_is_missing(tmp_path):
+    rows = _rows()
+    remarks = comparison.missing(rows)
+    assert any("m_tsa lacks seed 2" in line and DATA in line for line in remarks)
+    assert any("no finished run of repa, trd, tsa, moalign, align4gen" in line for line in remarks)
+    assert any("fewer than 3 seeds" in line for line in remarks)
+    comparison.write(tmp_path, rows, remarks, Questions())
+    comparison.draw(rows, tmp_path / "compare.png")
+    text = (tmp_path / "compare.md").read_text()
+    assert "| baseline | 3 | 0.320 ± 0.020 |  | 12.0 ± 2.0 | 92.0 ± 2.6 |" in text
+    assert "| m_tsa | 2 | 0.3 | 0.250 ± 0.071 | 9 |  |" in text
+    assert f"| {REAL} |  |  |  | 0.4 | 3 |" in text and text.count("###") == 2
+    kept = json.loads((tmp_path / "compare.json").read_text())
+    assert kept["rows"][2]["columns"]["motion_error"] == {"mean": 9.0, "std": None, "values": [9.0, None]}
+    flat = comparison.by_run(rows)
+    assert len(flat) == 1 + 3 + 2 + 3 and flat[2] == {"data": DATA, "method": "baseline", "seed": 1} | {
+        "denoising_low": 0.32,
+        "motion_error": 12.0,
+        "frechet": 91.0,
+    }
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "shown"),
+    [
+        (0.12341, 0.00678, "0.1234 ± 0.0068"),
+        (123.4, 45.6, "123 ± 46"),
+        (0.5, float("nan"), "0.5"),
+        (float("nan"), float("nan"), ""),
+        (12.0, 0.0, "12"),
+    ],
+)
+def test_a_cell_shows_the_digits_that_mean_something(mean, deviation, shown):
+    assert comparison.cell(mean, deviation) == shown
+
+
+def test_runs_share_the_cores_where_there_are_no_gpus(monkeypatch):
+    spec = importlib.util.spec_from_file_location("sweep_for_cores", ROOT / "launch" / "sweep.py")
+    sweep = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "sweep_for_cores", sweep)
+    spec.loader.exec_module(sweep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 5})
+    assert sweep.shares_of_cores(2, [{}, {}]) == [{0, 2}, {1, 5}]
+    assert sweep.shares_of_cores(1, [{}]) == [None] and sweep.shares_of_cores(5, [{}] * 5) == [None] * 5
+    assert sweep.shares_of_cores(2, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]) == [None, None]
+    monkeypatch.undo()
+    before = os.sched_getaffinity(0)
+    with sweep.on_cores({min(before)}):
+        assert subprocess.check_output([sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"]).strip() == (
+            b"{%d}" % min(before)
+        )
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.slow
+def test_two_methods_from_sweep_to_table(tmp_path):
+    root, few = tmp_path / "r", ["--grid", "seed=0", "--config.steps=3", "--config.optimizer.warmup_steps=1"]
+    points = [f"--config=configs/compare.py:{method},gravity" for method in ("baseline", "m_tsa")]
+    subprocess.run([sys.executable, "launch/sweep.py", *points, *few, f"--root={root}"], cwd=ROOT, check=True)
+    text = evaluate.compare(root, samples=4, clips=4)
+    assert "| m_tsa | 1 |" in text and "no finished run of repa" in text and "lacks seed" not in text
+    with open(root / "compare.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == [REAL, "baseline", "m_tsa"]
+    assert float(rows[0]["motion_error"]) < 2 < float(rows[1]["motion_error"])
+    kept = root / "compare-baseline-gravity,seed=0" / comparison.KEPT
+    stamp = kept.stat().st_mtime_ns
+    assert evaluate.compare(root, samples=4, clips=4) == text and kept.stat().st_mtime_ns == stamp
