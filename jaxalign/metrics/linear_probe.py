@@ -1,9 +1,12 @@
 """What can be read from features by a line: ridge regression and PCA, closed forms in float64 on the host."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+AT_ONCE = 1 << 14  # rows that are taken to float64 together
 
 
 class Linear(NamedTuple):
@@ -14,7 +17,7 @@ class Linear(NamedTuple):
     offset: Float[np.ndarray, " k"]
 
     def __call__(self, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n k"]:
-        return (np.asarray(x, np.float64) - self.mean) @ self.matrix + self.offset
+        return np.concatenate([(rows - self.mean) @ self.matrix + self.offset for rows in _in_float64(x)])
 
 
 def ridge(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n k"], *, strength: float = 1e-4) -> Linear:
@@ -35,12 +38,16 @@ def ridge(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "n k"], *, strength:
 
 def pca(x: Float[np.ndarray, "n d"], width: int) -> Linear:
     """The projection on the `width` directions of largest variance. Raises ValueError for more than there are."""
-    x = np.asarray(x, np.float64)
     if width > x.shape[1]:
         raise ValueError(f"pca: {width} directions of features {x.shape[1]} wide")
-    mean = x.mean(0)
-    _, vectors = np.linalg.eigh((x - mean).T @ (x - mean) / len(x))
+    mean = x.mean(0, dtype=np.float64)
+    _, vectors = np.linalg.eigh(sum((rows - mean).T @ (rows - mean) for rows in _in_float64(x)) / len(x))
     return Linear(mean, np.ascontiguousarray(vectors[:, ::-1][:, :width]), np.zeros(width))
+
+
+def _in_float64(x: Float[np.ndarray, "n d"]) -> Iterator[Float[np.ndarray, "m d"]]:
+    """The rows of x, some at a time: all of a wide x in float64 would take gigabytes."""
+    return (np.asarray(x[k : k + AT_ONCE], np.float64) for k in range(0, max(1, len(x)), AT_ONCE))
 
 
 def r_squared(true: Float[np.ndarray, "n k"], predicted: Float[np.ndarray, "n k"]) -> float:

@@ -1,7 +1,8 @@
 """The motion head as a file of its own, and a teacher with it: what MoAlign's stage 1 leaves to its stage 2.
 
     FOLDER/motion_head.safetensors  M_ψ's four arrays (models/motion.py), channels last
-    FOLDER/motion_head.json         of which teacher, with which settings; widths and the grid that it was trained on
+    FOLDER/motion_head.json         of which teacher, with which settings; widths, kernel, whether tokens are
+                                    normalised, and the grid that it was trained on
 
 A head means something on top of the teacher that it was trained with, and nothing on any other: loading compares.
 """
@@ -68,12 +69,14 @@ def save(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {leaf: np.asarray(x, np.float32) for leaf, x in mapping.named_leaves(projection)[0]}
-    hidden, width = (getattr(projection, name).kernel.shape[-1] for name in ("0", "2"))
+    first, second = (getattr(projection, name).kernel.shape for name in ("0", "2"))
     note = {
         "format": FORMAT,
         "teacher": {"name": name, "width": teacher.width, "settings": settings(teacher), "weights": weights},
-        "hidden": hidden,
-        "width": width,
+        "hidden": first[-1],
+        "width": second[-1],
+        "kernel": first[1],
+        "norm": projection.norm,
         **about,
     }
     safetensors_file.write(folder / WEIGHTS, arrays)
@@ -116,7 +119,8 @@ def load(folder: str | Path, *, name: str, teacher: nnx.Module, abstract: bool =
             f"config.teacher.motion_head = {str(folder)!r} was trained on another teacher than config.teacher names: "
             f"{'; '.join(differing[:4])}; set config.teacher as it was, or train a head for this one"
         )
-    shapes = fresh(teacher.width, found["hidden"], found["width"])
+    shape = {k: found[k] for k in ("kernel", "norm") if k in found}  # a head of before there was a choice names none
+    shapes = fresh(teacher.width, found["hidden"], found["width"], **shape)
     if abstract:
         return MotionTeacher(teacher, shapes)
     leaves, treedef = mapping.named_leaves(shapes)
@@ -131,6 +135,6 @@ def load(folder: str | Path, *, name: str, teacher: nnx.Module, abstract: bool =
     return MotionTeacher(teacher, jax.tree.unflatten(treedef, filled))
 
 
-def fresh(teacher_width: int, hidden: int = 256, width: int = 64) -> MotionProjection:
-    """A head with shapes for leaves."""
-    return jax.eval_shape(lambda: MotionProjection(teacher_width, hidden, width, rngs=nnx.Rngs(0)))
+def fresh(teacher_width: int, hidden: int = 256, width: int = 64, **shape: Any) -> MotionProjection:
+    """A head with shapes for leaves; `shape` as MotionProjection takes it."""
+    return jax.eval_shape(lambda: MotionProjection(teacher_width, hidden, width, **shape, rngs=nnx.Rngs(0)))

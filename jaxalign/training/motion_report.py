@@ -2,7 +2,8 @@
 
 Asked of every token: the flow of its patch and the mean colour of it, once of the token alone and once of it and its
 eight neighbours, for a single patch seldom tells where an edge came from. A subspace of motion tells the first better
-and the second worse than the directions of the tokens that vary most.
+and the second worse than the directions of the tokens that vary most: of one token's, and of all those together that
+M_ψ's kernel sees, so that nothing is won by seeing more.
 """
 
 from collections.abc import Iterable
@@ -26,9 +27,10 @@ TARGETS = ("flow", "colour")
 
 
 def collect(opened: Trained, batches: Iterable[dict]) -> dict[str, np.ndarray]:
-    """Everything a probe is fitted on, a row a token: tokens, window (three frames' tokens), motion, flow, colour."""
+    """Everything a probe is fitted on, a row a token: tokens, window (all that M_ψ sees), motion, flow, colour."""
     run, rows = opened.run, []
     t, h, w = run.student_grid
+    side = run.model_config.kernel
 
     @jax.jit
     def look(model, frozen, batch):
@@ -38,8 +40,10 @@ def collect(opened: Trained, batches: Iterable[dict]) -> dict[str, np.ndarray]:
         per_token = video.shape[1] // t
         seen = area_pool(video[:, video.shape[1] - t * per_token :], (h, w))  # a teacher may leave out the first frame
         colour = seen.reshape(seen.shape[0], t, per_token, h, w, 3).mean(axis=2)
-        around = jnp.pad(tokens, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-        window = jnp.concatenate([around[:, k : k + t] for k in range(3)], axis=-1)  # what M_ψ's kernel sees
+        edge = (side // 2, side // 2)
+        around = jnp.pad(tokens, ((0, 0), (1, 1), edge, edge, (0, 0)))
+        places = [(k, i, j) for k in range(3) for i in range(side) for j in range(side)]
+        window = jnp.concatenate([around[:, k : k + t, i : i + h, j : j + w] for k, i, j in places], axis=-1)
         found = {"tokens": tokens, "window": window, "motion": motion, "colour": colour}
         found["flow"] = area_pool(flow, (h, w))
         return {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
@@ -62,7 +66,9 @@ def measure(opened: Trained, *, clips: int) -> list[dict]:
     held = collect(opened, split_batch(pipeline.held_out(source, clips, **clip), size))
     width = opened.run.model_config.width
     features = {"motion subspace M": (fitted["motion"], held["motion"])}
-    for name, part in (("PCA of the teacher's tokens", "tokens"), ("PCA of three frames' tokens", "window")):
+    side = opened.run.model_config.kernel
+    seen = "three frames' tokens" if side == 1 else f"three frames' {side}x{side} tokens"
+    for name, part in (("PCA of the teacher's tokens", "tokens"), (f"PCA of {seen}", "window")):
         project = pca(fitted[part], min(width, fitted[part].shape[1]))
         features[name] = project(fitted[part]), project(held[part])
     rows, grid = [], opened.run.student_grid[1:]

@@ -63,7 +63,7 @@ def parts(
     if m.flow.name in FLOW_NETWORKS and TARGET_PART not in given:
         own = {k: v for k, v in m.flow.items() if k not in ("name", "weights") and v is not None}
         frozen["flow"] = load(m.flow.name, m.flow.weights or None, **_tuples(own))
-    sizes = dict(hidden=m.hidden, width=m.width, decoder=m.decoder)
+    sizes = {name: m[name] for name in ("hidden", "width", "kernel", "norm", "decoder", "unit") if name in m}
     return MotionSubspaceTask(name, grid[0], m.smooth), MotionConfig(teacher.width, grid, flow_grid, **sizes), frozen
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from configs import base, moalign, moalign_subspace
@@ -31,7 +32,7 @@ TINY = dict(
     steps=3,
     batch_size=2,
     teacher=TEACHER,
-    motion=dict(hidden=8, width=6, decoder=4, smooth=0.0),
+    motion=dict(hidden=8, width=6, smooth=0.0),
     data=dict(source="synthetic", num_frames=3, height=16, width=16, stride=1),
     checkpoint=dict(every=3),
     sample=dict(steps=1, count=1),
@@ -88,6 +89,30 @@ def test_the_projection_is_two_convolutions_over_time(subspace):
     np.testing.assert_allclose(first(tokens) * jax.nn.sigmoid(first(tokens)), hidden, atol=1e-5)  # nnx's own
 
 
+def test_the_head_of_an_image_teacher_sees_neighbours_of_normalised_tokens():
+    settings = MotionConfig(5, (4, 2, 3), (6, 6), 7, 6, kernel=3, norm=True, decoder=0, unit=0.5)
+    module = random_leaves(MotionSubspace(settings, rngs=nnx.Rngs(0)))
+    tokens = np.asarray(jax.random.normal(jax.random.key(0), (2, 4, 2, 3, 5))) * 9 + 20
+    # torch's convolution of three dimensions of what its LayerNorm makes of the tokens
+    normed = torch.nn.functional.layer_norm(torch.tensor(tokens), (5,), eps=1e-6).movedim(-1, 1)
+    first, second = (getattr(module.projection, name) for name in ("0", "2"))
+    weights = [torch.tensor(np.asarray(x[...])) for x in (first.kernel, first.bias, second.kernel, second.bias)]
+    hidden = torch.nn.functional.conv3d(normed, weights[0].permute(4, 3, 0, 1, 2), weights[1], padding=1)
+    wanted = torch.nn.functional.conv3d(torch.nn.functional.silu(hidden), weights[2].permute(4, 3, 0, 1, 2), weights[3])
+    motion, flow = module(jnp.asarray(tokens))
+    np.testing.assert_allclose(motion, wanted.movedim(1, -1), atol=1e-4)
+    # The decoder is one matrix in its unit: the flow of a token is a line of the subspace there.
+    (last,) = [getattr(module.decoder, name) for name in ("0", "2", "4") if hasattr(module.decoder, name)]
+    line = 0.5 * (np.asarray(motion) @ np.asarray(last.kernel[...])[0, 0, 0] + np.asarray(last.bias[...]))
+    np.testing.assert_allclose(flow, jax.image.resize(line, (2, 4, 6, 6, 2), "bilinear"), atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [dict(kernel=2), dict(kernel=0), dict(unit=0.0), dict(decoder=-1), dict(width=0)])
+def test_shapes_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"config\.motion"):
+        MotionConfig(5, (4, 2, 3), (6, 6), **wrong)
+
+
 def test_the_loss_is_the_mean_l1_of_flow_in_fractions_and_all_of_it_learns(subspace):
     task = MotionSubspaceTask("t", 4)
     keys = jax.random.split(jax.random.key(2), 2)
@@ -118,6 +143,7 @@ def test_a_run_leaves_its_head_figures_and_numbers(finished, capsys):
     note = json.loads((finished / "motion_head" / motion_head.NOTE).read_text())
     assert note["teacher"]["name"] == "efficientnet_lite0" and note["teacher"]["width"] == 40
     assert note["grid"] == [3, 4, 4] and (note["hidden"], note["width"]) == (8, 6)
+    assert (note["kernel"], note["norm"]) == (3, True)
     summary = json.loads((finished / "summary.json").read_text())
     assert {"flow", "flow_of_no_motion"} == summary["held_out"].keys()
     # Called again, a finished run writes the head that somebody removed.
@@ -163,6 +189,21 @@ def test_a_head_of_another_teacher_is_refused_in_one_line(finished, tmp_path):
         setup.build(stage_2(str(tmp_path)), abstract=True)
     with pytest.raises(ValueError, match="motion_head is empty"):
         setup.build(stage_2(""))
+
+
+def test_a_head_of_before_there_was_a_kernel_is_read_as_it_was(tmp_path):
+    teacher = teachers.abstract("efficientnet_lite0", **TEACHER)
+    projection = MotionProjection(40, 8, 6, rngs=nnx.Rngs(0))
+    folder = motion_head.save(tmp_path, projection, name="efficientnet_lite0", teacher=teacher)
+    note = motion_head.note(folder)
+    assert (note.pop("kernel"), note.pop("norm")) == (1, False)
+    (folder / motion_head.NOTE).write_text(json.dumps(note))
+    found = motion_head.load(folder, name="efficientnet_lite0", teacher=teacher).projection
+    assert jax.tree.structure(found) == jax.tree.structure(projection)
+    # One whose note says another kernel than its weights have is damaged.
+    (folder / motion_head.NOTE).write_text(json.dumps(note | dict(kernel=3)))
+    with pytest.raises(ValueError, match="shape that its motion_head"):
+        motion_head.load(folder, name="efficientnet_lite0", teacher=teacher)
 
 
 def test_a_damaged_head_is_refused(finished, tmp_path):
@@ -268,6 +309,10 @@ def test_a_denoising_run_has_the_identity_it_had():
     """Fields that came later, for another task, do not turn an older workdir into another run's."""
     old = base.get_config("demo", align=dict(method="trd", weight=0.5)).to_dict()
     del old["task"], old["motion"], old["teacher"]["motion_head"]
+    stage = stage_1(motion=dict(kernel=1, norm=False, unit=1.0)).to_dict()
+    for later in ("kernel", "norm", "unit"):
+        del stage["motion"][later]
+    config_lib.compare(stage, stage_1(motion=dict(kernel=1, norm=False, unit=1.0)))
     new = base.get_config("demo", align=dict(method="trd", weight=0.5))
     config_lib.compare(old, new)  # else a ValueError
     assert config_lib.identity(old) == config_lib.identity(new)
