@@ -19,8 +19,8 @@ for all, the block is the same, and so are, seed by seed, the order of the clips
 from configs import base, moalign, moalign_subspace, repa, trd, tsa
 
 DATA = {
-    "gravity": dict(steps=3_000, data=dict(source="synthetic:gravity", stride=2, hflip=False)),
-    "real": dict(steps=1_500, data=dict(source="demo", stride=2)),
+    "gravity": dict(steps=2_400, data=dict(source="synthetic:gravity", stride=2, hflip=False)),
+    "real": dict(steps=1_000, data=dict(source="demo", stride=2)),
 }
 # The second, coarser stage of the same network, as the two teachers of Align4Gen differ in what they are about.
 _TWO_STAGES = dict(method="align4gen", weight=0.5, resize=True)
@@ -45,7 +45,8 @@ def layer(size: int) -> dict:
         model=dict(preset="demo", patch_size=4, width=width, depth=2 + 2 * size, num_heads=width // 32),
         data=dict(num_frames=8, height=16 * size, width=16 * size, workers=0 if size < 2 else 8),
         teacher=dict(name="efficientnet_lite0", size=32 * size, stride=8),
-        align=dict(depth=2 * ((1 + size) // 2)),  # a spatial block in the middle
+        # A spatial block in the middle; heads about as wide as the student, as the papers' are.
+        align=dict(depth=2 * ((1 + size) // 2), projector=dict(hidden=width)),
         optimizer=dict(learning_rate=2e-3 / size, schedule="cosine", warmup_steps=50, b2=0.99),
         ema_decay=0.99,
         sample=dict(steps=25, count=4),

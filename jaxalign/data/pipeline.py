@@ -174,7 +174,9 @@ def held_out_clip(source: Source, found: Sequence[Window], clip: Clip, k: int, n
         number, turn = k % len(found), k // len(found)
         turns = (n - number - 1) // len(found) + 1
     else:
-        number, turn, turns = k * len(found) // n, 0, 1
+        # Anywhere in the k-th of n parts: equal steps would take one kind alone where kinds alternate (synthetic).
+        first, last = (edge * len(found) // n for edge in (k, k + 1))
+        number, turn, turns = int(np.random.default_rng((2, k)).integers(first, last)), 0, 1
     return _row(source, found, clip, 0, k, number, position=(turn + 0.5) / turns)
 
 

@@ -188,7 +188,7 @@ def _nearest(path, usable, radius, last, pull: float, stride: int) -> np.ndarray
         x = _fit(path[..., 0], usable, reach, last[0] - reach, 0.0, FASTEST[0] * stride)
         y = _fit(path[..., 1], usable, reach, last[1] - reach, pull, FASTEST[1] * stride)
         found.append(np.hypot(x, y))
-    total = [np.where(usable, one, 0.0).__pow__(2).sum(1) for one in found]
+    total = [(np.where(usable, one, 0.0) ** 2).sum(1) for one in found]
     return np.where((total[0] <= total[1])[:, None], found[0], found[1])
 
 

@@ -48,7 +48,6 @@ COLUMNS = {
     "motion": "motion of pixels",
     "frechet": "Fréchet (EfficientNet)",
 }
-NOT_LESS_IS_BETTER = ("motion",)
 
 
 @dataclasses.dataclass(frozen=True)
