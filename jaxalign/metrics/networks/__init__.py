@@ -7,14 +7,10 @@ Weights are upstream's own file, or a folder that `python -m jaxalign.convert` m
 where a person finds each file, and `python -m jaxalign.convert --list` prints that.
 """
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import functools
 
-from flax import nnx
-
-from jaxalign.interop import manifests, presets
-from jaxalign.interop.presets import Entry, Loaded, family
+from jaxalign.interop import presets
+from jaxalign.interop.presets import Entry, family
 from jaxalign.metrics.networks import c3d, clip, i3d, inception
 
 NETWORKS: dict[str, Entry] = (
@@ -25,35 +21,10 @@ NETWORKS: dict[str, Entry] = (
     | family(clip.PRESETS, clip.CLIP, clip.CLIPConfig, clip.RULES)
 )
 
-
-def load(name: str, weights: str | Path | Mapping[str, Any] | None = None, **options: Any) -> nnx.Module:
-    """A network with its pretrained weights; `options`, among them the fields of its config, as `presets.load`.
-
-    Raises ValueError (unknown name or setting; a file that does not fit, with the first keys that differ and the preset
-    that it would fit) and FileNotFoundError (says which file, where it is found, and what to do with it).
-    """
-    return presets.load(_presets(), name, weights, **options)
-
-
-def load_upstream(name: str, module: nnx.Module, weights: str | Path | Mapping[str, Any], **options: Any) -> Loaded:
-    """The abstract `module` of network `name` with the weights of upstream's file: `presets.load_upstream`."""
-    return presets.load_upstream(_presets(), name, module, weights, **options)
-
-
-def abstract(name: str, **settings: Any) -> nnx.Module:
-    """The network with shapes for leaves: its `width` without memory. Raises as `load`."""
-    return presets.abstract(_presets(), name, **settings)
-
-
-def files(name: str) -> list[manifests.File]:
-    """What third_party/ says of a network's files; the first is the one that is asked for."""
-    return presets.files(name)
-
-
-def find_file(name: str, given: str | Path | None) -> Path:
-    """The file of a network: `presets.find_file`."""
-    return presets.find_file(_presets(), name, given)
-
-
-def _presets() -> presets.Presets:
-    return presets.Presets("feature network", NETWORKS)
+# The functions of interop/presets.py, where each is described, for the networks above.
+_PRESETS = presets.Presets("feature network", NETWORKS)
+load = functools.partial(presets.load, _PRESETS)
+load_upstream = functools.partial(presets.load_upstream, _PRESETS)
+abstract = functools.partial(presets.abstract, _PRESETS)
+find_file = functools.partial(presets.find_file, _PRESETS)
+files = presets.files
