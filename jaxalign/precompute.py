@@ -34,7 +34,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxalign.convert import Progress
-from jaxalign.data import pipeline, precomputed
+from jaxalign.data import pipeline, precomputed, precomputed_source
 from jaxalign.data.clips import SPLITS, Clip, Source, Window, load, windows
 from jaxalign.data.precomputed import Clips, Folder, Series
 from jaxalign.data.video import UnreadableVideo
@@ -254,11 +254,11 @@ def _make_prompts(folder: Folder, run, source: Source, listed, config, options: 
         for k in todo:
             chosen = [items[number] for number in series.units("captions", k)]
             write_all(paths[k], source.tokens[chosen].astype(np.int32), [source.captions[i] for i in chosen], progress)
-    there = precomputed.asked(folder)
+    there = precomputed_source.asked(folder)
     wanted = list(dict.fromkeys(["", *config.sample.prompts, *there]))
     if options.mine(0) and set(wanted) != set(there):
         ids, _ = prompts.tokenize(config, wanted)
-        write_all(folder.path / precomputed.ASKED, ids, wanted, lambda count: None)
+        write_all(folder.path / precomputed_source.ASKED, ids, wanted, lambda count: None)
 
 
 # ---- the end, and the command line

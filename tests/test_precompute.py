@@ -14,7 +14,7 @@ from flax import nnx
 from configs import base
 from jaxalign import evaluate, precompute, teachers
 from jaxalign.codecs import kl
-from jaxalign.data import pipeline, precomputed, synthetic
+from jaxalign.data import pipeline, precomputed, precomputed_source, synthetic
 from jaxalign.data.clips import Clip, Item, Source, load, thumbnails, windows
 from jaxalign.data.video import UnreadableVideo
 from jaxalign.interop import mapping, safetensors_file
@@ -194,7 +194,7 @@ def test_damage_and_bad_videos(made, videos, tmp_path, monkeypatch):
     whole = bytearray(hit.read_bytes())
     whole[whole.index(start)] ^= 1
     hit.write_bytes(whole)
-    precomputed._reader.cache_clear()
+    precomputed_source._reader.cache_clear()
     with pytest.raises(ValueError, match=r"train-0000\d-of-\d+.array_record: damaged .* remove this file") as caught:
         data[0]
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
-from jaxalign.data import frame_folders, precomputed, records, splits, synthetic
+from jaxalign.data import frame_folders, precomputed, precomputed_source, records, splits, synthetic
 from jaxalign.data.clips import Item, Source
 from jaxalign.data.index import probe_all
 from jaxalign.data.video import UnreadableVideo, VideoInfo, cover_size, index_frames, known_thumbnails, read_span
@@ -54,7 +54,7 @@ def open_source(spec: str, *, split: int = 1, frame_rate: float = frame_folders.
     if not path.is_dir():
         raise NotADirectoryError(f"data.source={spec!r} is a file; write the folder that holds the videos")
     if precomputed.is_precomputed(path):
-        return precomputed.source(str(path))
+        return precomputed_source.source(str(path))
     return records.array_record(str(path)) if records.shards(path) else folder(str(path), **of_folder)
 
 
@@ -198,6 +198,6 @@ SOURCES = {
     "folder": folder,
     "frames": frame_folders.frames,
     "array_record": records.array_record,
-    "precomputed": precomputed.source,
+    "precomputed": precomputed_source.source,
     "tfds": records.tfds,
 }

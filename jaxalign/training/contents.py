@@ -15,7 +15,7 @@ from typing import Any
 import ml_collections
 
 from jaxalign import teachers
-from jaxalign.data import precomputed
+from jaxalign.data import precomputed, precomputed_source
 from jaxalign.data.clips import Source, fingerprint
 from jaxalign.data.precomputed import Clips, Folder, Series, differences
 from jaxalign.tasks.aligning import saliency_part, tokens_part
@@ -177,7 +177,7 @@ def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
         _refuse(folder, prompts.fields, of_prompts(config), "prompts")
         if config.data.captions:
             notes.append(f"data.captions = {config.data.captions} is not read: prompts come from the folder")
-    source = precomputed.taken(folder, parts, prompts, notes)
+    source = precomputed_source.taken(folder, parts, prompts, notes)
     for prompt in config.sample.prompts if prompts else ():
         try:
             source.embedded(prompt)

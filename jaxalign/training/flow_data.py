@@ -5,7 +5,7 @@ import functools
 
 import ml_collections
 
-from jaxalign.data import host_flow, precomputed
+from jaxalign.data import host_flow, precomputed_source
 from jaxalign.data.clips import Source
 from jaxalign.data.sources import open_source
 from jaxalign.tasks.motion_subspace import FLOW_PART, TARGET_PART
@@ -56,4 +56,6 @@ def _stored(config, path: str) -> Source:
             f"data.source={path!r} holds flow of {target.shape[0]} token frames, config.teacher makes {frames}: "
             "precompute it with this config, into another folder"
         )
-    return precomputed.taken(folder, {"video": video, TARGET_PART: target}, None, [f"flow of {made} is not computed"])
+    return precomputed_source.taken(
+        folder, {"video": video, TARGET_PART: target}, None, [f"flow of {made} is not computed"]
+    )

@@ -1,6 +1,5 @@
 """The data benchmark's two sides get the same clips: those that the pipeline draws, frame for frame."""
 
-
 import numpy as np
 import pytest
 
