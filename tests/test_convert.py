@@ -43,7 +43,10 @@ def tiny(monkeypatch):
         few[name] = teachers.Entry(few[name].module, few[name].config, few[name].layouts, settings)
     twice = (BATCH_NORM_COUNTS, Tied("twin.num_batches_tracked", "bn.num_batches_tracked"))
     few["one_norm"] = teachers.Entry(OneNorm, NoSettings, {"": twice}, {})
-    monkeypatch.setattr(teachers, "TEACHERS", few)
+    for name in list(teachers.TEACHERS):
+        monkeypatch.delitem(teachers.TEACHERS, name)
+    for name, entry in few.items():
+        monkeypatch.setitem(teachers.TEACHERS, name, entry)
 
 
 def upstream_file(path, name, layout="", *, dtype=torch.float32, key=None, legacy=False, **settings):

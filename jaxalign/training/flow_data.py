@@ -5,7 +5,7 @@ import functools
 
 import ml_collections
 
-from jaxalign.data import host_flow, precomputed_source
+from jaxalign.data import host_flow, precomputed, precomputed_source
 from jaxalign.data.clips import Source
 from jaxalign.data.sources import open_source
 from jaxalign.tasks.motion_subspace import FLOW_PART, TARGET_PART

@@ -183,7 +183,7 @@ def test_a_scripted_file_is_taken_as_weights(tmp_path, monkeypatch):
             self.bn = BatchNorm(3)
 
     entry = networks.Entry(Norm, inception.InceptionConfig, {"": (BATCH_NORM_COUNTS,)}, {})
-    monkeypatch.setattr(networks, "NETWORKS", {"norm": entry})
+    monkeypatch.setitem(networks.NETWORKS, "norm", entry)
     theirs = torch.nn.Sequential()
     theirs.add_module("bn", torch.nn.BatchNorm1d(3))
     theirs.load_state_dict(tensors(random_state(theirs.state_dict())))
@@ -355,7 +355,7 @@ def test_convert_in_and_out(tmp_path, monkeypatch, capsys):
     """A folder of arrays and the way back, by name, through the verb's functions; both files of C3D are in it."""
     entry = networks.NETWORKS["c3d"]
     small = dataclasses.replace(entry, settings=SMALL_C3D)
-    monkeypatch.setattr(networks, "NETWORKS", networks.NETWORKS | {"c3d": small})
+    monkeypatch.setitem(networks.NETWORKS, "c3d", small)
     state = state_for("c3d", "", **SMALL_C3D)
     np.savez(tmp_path / "conv3d_deepnetA_ucf.npz", **{name: array for name, array in state.items() if name != "mean"})
     np.savez(tmp_path / "mean2.npz", mean=state["mean"])
@@ -378,8 +378,9 @@ def test_errors_name_the_file(monkeypatch):
         networks.load("i3")
     with pytest.raises(ValueError, match="inception: no setting 'size'; it has none"):
         networks.load("inception", size=3)
-    few = {name: networks.NETWORKS[name] for name in ("c3d", "inception")}
-    monkeypatch.setattr(networks, "NETWORKS", few)  # every entry's shapes are looked at, which takes its time
+    # Every entry's shapes are looked at, which takes its time.
+    for name in set(networks.NETWORKS) - {"c3d", "inception"}:
+        monkeypatch.delitem(networks.NETWORKS, name)
     shapes = mapping.upstream_shapes(abstract("inception"), inception.RULES)
     hollow = {key: np.broadcast_to(np.zeros((), spec.dtype), spec.shape) for key, spec in shapes.items()}
     with pytest.raises(ValueError, match=r"it looks like a file of inception \(100% of that one's keys"):

@@ -114,7 +114,7 @@ def test_videos_that_are_not_there_or_too_short(folder, tmp_path):
         (folder / "slow.mp4", r"slow.mp4: a clip needs 20 frames, and it has 14; lower --frames"),
         (folder, "a clip needs 20 frames, and its longest video has 14"),
         (folder / "broken.mp4", "broken.mp4: not a video, or damaged"),
-        (tmp_path, "--videos .*: no videos in it or below it"),
+        (tmp_path, "--videos .*: no videos and no folders of frames in it"),
     ):
         with pytest.raises(ValueError, match=said):
             report.open_clips(str(spec), 2, frames=20, size=(32, 32))
