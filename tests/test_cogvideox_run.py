@@ -20,7 +20,7 @@ from jaxalign.training.tensorboard import read_scalars
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("sentencepiece")
-from tiny_pipeline import LENGTH, SIZE, build  # noqa: E402
+from tests.tiny_pipeline import LENGTH, SIZE, build  # noqa: E402
 
 PROMPTS, DRAWING = ["a rabbit runs", "cat"], dict(steps=3, guidance_scale=3.0)
 

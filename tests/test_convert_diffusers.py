@@ -19,7 +19,7 @@ from jaxalign.training.checkpoint import Checkpoints
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("sentencepiece")
-from tiny_pipeline import LENGTH, SIZE, build  # noqa: E402
+from tests.tiny_pipeline import LENGTH, SIZE, build  # noqa: E402
 
 ALPHA, RANK = 6.0, 2
 VIDEO, TIMES = np.random.default_rng(0).standard_normal((1, 3, 2, 4, 4)).astype(np.float32), np.array([500])

@@ -13,7 +13,7 @@ from jaxalign.training import prompted, published
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
-from tiny_pipeline import LENGTH, SIZE, build  # noqa: E402
+from tests.tiny_pipeline import LENGTH, SIZE, build  # noqa: E402
 
 PROMPTS, STEPS, GUIDANCE = ["a panda plays guitar", "cat"], 4, 3.0
 LATENTS = (3, 2, 4, 4)
