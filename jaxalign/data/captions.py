@@ -6,6 +6,7 @@ as in its folder (`sub/clip.mp4`) or, where no two share it, by its file name al
 
 import csv
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -86,13 +87,18 @@ def attach(source: Source, path: str | Path, video_column: str = "video", captio
     return dataclasses.replace(source, items=items, captions=found, notes=(*source.notes, *notes))
 
 
+def beside_of(spec: str) -> Path:
+    """Where the captions of a source's folder would lie."""
+    return Path(re.sub("^(folder|frames|array_record):", "", spec)).expanduser() / FILE
+
+
 def captioned(source: Source, spec: str, path: str, video_column: str = "video", caption_column: str = "caption"):
     """The source of config.data.source = `spec` with captions for all videos that it uses: of the CSV `path`, else of
     captions.csv in its folder, else its own.
 
     Raises ValueError, one line, when there are none; and as `attach`.
     """
-    beside = Path(spec.removeprefix("folder:")).expanduser() / FILE
+    beside = beside_of(spec)
     path = path or (str(beside) if beside.is_file() else "")
     if path:
         return attach(source, path, video_column, caption_column)

@@ -86,6 +86,7 @@ class Source:
     captions: what each item shows, parallel to `items`, '' where nobody said; empty where there are none;
     tokens: [items, n], the captions as a text encoder takes them, set by training/prompts.py; cut_prompts of them were
     too long for it;
+    missing: names of videos that the lists of a data set have and its folder has not;
     notes: further lines for the first screen.
     """
 
@@ -98,6 +99,7 @@ class Source:
     render: Callable | None = None
     captions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     tokens: np.ndarray | None = dataclasses.field(default=None, compare=False)
     cut_prompts: int = 0
     recall: Callable | None = None
@@ -153,7 +155,11 @@ def short_items(source: Source, clip: Clip) -> tuple[str, ...]:
 
 
 def split_by_name(names: Sequence[str]) -> list[str]:
-    """'held_out' for one name in twenty, by digest (new files move no old ones); 'both' if there are few."""
+    """'held_out' for one name in twenty, by digest; 'both' if there are few.
+
+    New files leave old ones where they are, but for two cases: with the twentieth file the rule is another, and where
+    no digest is in the lowest twentieth, the lowest one is held out, which a new file may undercut.
+    """
     if len(names) < HELD_OUT_ONE_IN:
         return ["both"] * len(names)
     digests = [int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) for name in names]

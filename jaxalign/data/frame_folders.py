@@ -71,7 +71,7 @@ def frames(path: str, *, split: int = 1, frame_rate: float = FRAME_RATE) -> Sour
         told = f"{len(gaps):,} video{' lacks' if len(gaps) == 1 else 's lack'} frames between others"
         notes += (f"{told}: the longest stretch is used ({'; '.join(gaps[:SHOWN])}{more})",)
     read = FrameReader(tuple(folder for _, folder, _ in good))
-    return Source(str(path), items, layout.classes, tuple(skipped), read=read, notes=notes)
+    return Source(str(path), items, layout.classes, tuple(skipped), read=read, notes=notes, missing=layout.missing)
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

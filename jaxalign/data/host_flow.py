@@ -48,7 +48,7 @@ def opencv():
         import cv2
     except ImportError:
         raise ImportError(
-            "config.motion.flow.name = 'dis' is OpenCV's optical flow: pip install 'jaxalign[flow]' (or "
+            "config.motion.flow.name = 'dis' is OpenCV's optical flow: pip install -e '.[demo]' (or "
             "opencv-python-headless), or write a flow network such as raft_large"
         ) from None
     # Rows are made in several threads already; its own pool would fight them for the cores.

@@ -12,15 +12,16 @@ from pathlib import Path
 from jaxalign.data.video import UnreadableVideo, VideoInfo, probe
 
 REMEMBER_FROM = 50  # fewer files are probed in less time than it takes to explain a cache
-_VERSION = 1
+_VERSION = 2  # raised when `probe` answers otherwise than before
 
 
 def probe_all(paths: list[Path], root: Path) -> list[VideoInfo | UnreadableVideo]:
     """The header of every file, or why it has none, in the order of `paths`.
 
     With 50 files or more the answers are kept in the user's cache folder (XDG_CACHE_HOME or ~/.cache), one
-    small JSON for each `root`; a file whose size or time has changed is probed again. A cache that cannot be
-    read or written is done without.
+    small JSON for each `root`; a file whose size or time has changed is probed again, and so is one without an
+    answer: what kept it from being read (rights, a failing disk, a missing decoder) may be mended by now. A cache
+    that cannot be read or written is done without.
     """
     remembered = _recall(root) if len(paths) >= REMEMBER_FROM else {}
 
@@ -32,11 +33,11 @@ def probe_all(paths: list[Path], root: Path) -> list[VideoInfo | UnreadableVideo
         stamp = [stat.st_size, stat.st_mtime_ns]
         entry = remembered.get(str(path))
         if entry is not None and entry[0] == stamp:
-            return entry, _decoded(str(path), entry[1])
+            return entry, VideoInfo(*entry[1])
         try:
             answer = probe(str(path))
         except UnreadableVideo as error:
-            return [stamp, error.why], error
+            return None, error
         return [stamp, dataclasses.astuple(answer)], answer
 
     # Files are waited for more than computed with: more threads than cores.
@@ -47,10 +48,6 @@ def probe_all(paths: list[Path], root: Path) -> list[VideoInfo | UnreadableVideo
         if entries != remembered:
             _remember(root, entries)
     return [answer for _, answer in answers]
-
-
-def _decoded(path: str, stored) -> VideoInfo | UnreadableVideo:
-    return UnreadableVideo(path, stored) if isinstance(stored, str) else VideoInfo(*stored)
 
 
 def cache_file(root: Path) -> Path:

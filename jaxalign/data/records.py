@@ -4,10 +4,11 @@ Our format. A shard is `NAME.array_record` (or tfds' `NAME-SPLIT.array_record-00
 the bytes of `numpy.savez(video=uint8 [t,h,w,3], label=int, name=str, caption=str)`, all but video optional. Beside each
 shard may lie `SHARD.json` with {"classes": […], "records": [[name, frames, label, caption], …]}; a shard without it is
 read through once when the source is opened. Shards whose file name has the word train are for training, with
-test, val, valid, validation or held_out for evaluation; without such names records are split as the files of
-a folder are.
+test, val, valid, validation or held_out for evaluation (`train_0`, `my-test-set`; `trainer` is no such word); without
+such names records are split as the files of a folder are.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -26,7 +27,7 @@ from jaxalign.data.clips import Item, Source, split_by_name, thumbnails
 from jaxalign.data.video import UnreadableVideo, resize
 
 RECORD_FPS = 25.0  # records carry no rate; it only says how long ten seconds are
-_TRAIN, _HELD_OUT = ("train",), ("test", "val", "valid", "validation", "held_out")
+_TRAIN, _HELD_OUT = "train", "test|val|valid|validation|held_?out"
 
 
 def write_array_record(path: str, clips: Iterable[dict], classes: tuple[str, ...] = ()) -> int:
@@ -63,18 +64,20 @@ def shards(folder: Path) -> list[str]:
     return sorted(str(f) for f in folder.glob("*.array_record*") if re.search(r"\.array_record(-\d+-of-\d+)?$", f.name))
 
 
-def array_record(path: str) -> Source:
+def array_record(path: str, *, split: int = 1) -> Source:
     """The records of a folder's ArrayRecord shards (format: see this file's beginning), or a tfds folder.
 
-    Raises FileNotFoundError for no such folder or no shards, ValueError for a shard or record that cannot be
-    read.
+    `split`: as of `tfds`. Raises FileNotFoundError for no such folder or no shards, ValueError for a shard or record
+    that cannot be read and for a `split` that there is not.
     """
     folder = Path(path).expanduser()
     if (folder / "features.json").is_file():
-        return tfds(str(folder))
+        return tfds(str(folder), split=split)
     paths = shards(folder) if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"data.source={path!r}: no *.array_record files in it")
+    if split != 1:
+        raise ValueError(f"data.split={split}: data.source={path!r} has no numbered lists of videos; leave it at 1")
     found, captions, classes = [], [], ()
     for shard in paths:
         count, sidecar = len(_reader((shard,))), Path(f"{shard}.json")
@@ -107,8 +110,10 @@ def _describe(shard: str, number: int) -> list:
 
 
 def _split_of(shard: str) -> str | None:
-    words = re.split(r"[^a-z_]+|_(?=train|test|val)", Path(shard).name.lower())
-    return "train" if set(words) & set(_TRAIN) else "held_out" if set(words) & set(_HELD_OUT) else None
+    def says(words: str) -> bool:
+        return re.search(rf"(?<![a-z])(?:{words})(?![a-z])", Path(shard).name.lower()) is not None
+
+    return "train" if says(_TRAIN) else "held_out" if says(_HELD_OUT) else None
 
 
 @functools.lru_cache(maxsize=64)  # readers keep files open, are thread-safe, and every process makes its own
@@ -145,13 +150,14 @@ def _read_record(paths: tuple[str, ...], item: int, start: int, stop: int, step:
 def tfds(path: str, *, split: int = 1) -> Source:
     """A prepared tfds data set with a `video` (and perhaps a `label`): its name ('ucf101') or its folder.
 
-    Its train split is trained on, its test split held out; of ucf101, which tfds has once for each of the official
-    `split`s, the one of that number is taken.
+    Its train split is trained on, its test split held out; without one, one record in twenty is, and at least one. Of
+    ucf101, which tfds has once for each of the official `split`s, the one of that number is taken; a folder that is one
+    of them already is taken with `split` 1 too.
 
     It is read from its ArrayRecord files directly (tfds' own Video feature needs TensorFlow even to be read),
     so it has to be prepared once, where TensorFlow is, with
     `download_and_prepare(file_format='array_record')`. Raises FileNotFoundError if it is not there,
-    ValueError if it is prepared in another format or has no video.
+    ValueError if it is prepared in another format, has no video, or knows no such `split`.
     """
     home = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     root = Path(path).expanduser() if Path(path).expanduser().is_dir() else home / path
@@ -161,8 +167,9 @@ def tfds(path: str, *, split: int = 1) -> Source:
             f"data.source='tfds:{path}': no prepared data set in {root}; prepare it with "
             f"tfds.builder({path!r}).download_and_prepare(file_format='array_record')"
         )
-    folder = _of_split(path, root, found, split)[-1].parent
-    features = json.loads(found[-1].read_text()).get("featuresDict", {}).get("features", {})
+    described, notes = _of_split(path, root, found, split)
+    folder = described.parent
+    features = json.loads(described.read_text()).get("featuresDict", {}).get("features", {})
     if "video" not in features:
         raise ValueError(f"data.source='tfds:{path}': no feature 'video' in {folder} (it has {', '.join(features)})")
     paths = shards(folder)
@@ -179,31 +186,42 @@ def tfds(path: str, *, split: int = 1) -> Source:
         count = len(_reader((shard,)))
         mine = [f"{title}:{Path(shard).name.rpartition('.')[2]}:{k}" for k in range(count)]
         splits = [_split_of(shard) or "train"] * count if held_out else split_by_name(mine)
-        # A data set that is too small to give whole videos away is trained on whole: lengths are not known
-        # here.
+        # Lengths are not known here: a small shard cannot be split by time inside each video.
         items += [
             Item(n, None, RECORD_FPS, 0, "train" if s == "both" else s) for n, s in zip(mine, splits, strict=True)
         ]
+    if len(items) > 1 and all(item.split == "train" for item in items):
+        items[-1] = dataclasses.replace(items[-1], split="held_out")
+        notes += (f"no test split: of its {len(items)} records the last one is held out",)
     return Source(
         f"tfds:{path}",
         tuple(items),
         tuple(name for name in classes if name),
         read=functools.partial(_read_tfds, tuple(paths)),
         look=functools.partial(_look_tfds, tuple(paths)),
+        notes=notes,
     )
 
 
-def _of_split(path: str, root: Path, found: list[Path], split: int) -> list[Path]:
-    """Those that were prepared from UCF-101's lists of this number: configs ucf101_1, ucf101_1_256, ucf101_2, …"""
-    configs = [file.relative_to(root).parts[-3:-2] for file in found]  # () where `root` is a config itself
-    matches = [re.fullmatch(r"ucf101_(\d)(_\d+)?", config[0]) if config else None for config in configs]
+def _of_split(path: str, root: Path, found: list[Path], split: int) -> tuple[Path, tuple[str, ...]]:
+    """The newest that was prepared from UCF-101's lists of this number (configs ucf101_1, ucf101_1_256, ucf101_2, …),
+    and what there is to say of it. Of another data set: the newest."""
+    # The config is the folder around the version's; `root` may be either of them.
+    configs = [(file.relative_to(root).parts[-3:-2] or file.resolve().parts[-3:-2])[0] for file in found]
+    matches = [re.fullmatch(r"ucf101_(\d)(_\d+)?", config) for config in configs]
     numbers = [int(match[1]) if match else 0 for match in matches]
     if not any(numbers):
-        return found
+        if split != 1:
+            raise ValueError(f"data.split={split}: data.source='tfds:{path}' has no numbered splits; leave it at 1")
+        return found[-1], ()
+    there = sorted({n for n in numbers if n})
+    one_config = len(there) == 1 and len(found[-1].relative_to(root).parts) < 3
+    if one_config and split == 1 != there[0]:  # named by its folder, and nobody said otherwise
+        return found[-1], (f"prepared from UCF-101's lists of split {there[0]}",)
     if split not in numbers:
-        there = ", ".join(str(n) for n in sorted({n for n in numbers if n}))
-        raise ValueError(f"data.split={split}: data.source='tfds:{path}' is prepared for split {there} only, in {root}")
-    return [file for file, number in zip(found, numbers, strict=True) if number == split]
+        known = ", ".join(map(str, there))
+        raise ValueError(f"data.split={split}: data.source='tfds:{path}' is prepared for split {known} only, in {root}")
+    return [file for file, number in zip(found, numbers, strict=True) if number == split][-1], ()
 
 
 def _version(folder: Path) -> tuple:

@@ -44,7 +44,7 @@ def open_source(spec: str, *, split: int = 1, frame_rate: float = frame_folders.
             raise ValueError(
                 f"data.source={spec!r}: write {name!r}" + ("" if alone else " with a colon and a name or path")
             )
-        options = {"folder": of_folder, "frames": of_folder, "tfds": {"split": split}}
+        options = {"folder": of_folder, "frames": of_folder, "tfds": {"split": split}, "array_record": {"split": split}}
         return SOURCES[name]() if alone else SOURCES[name](argument, **options.get(name, {}))
     path = Path(spec).expanduser()
     if not path.exists():
@@ -55,7 +55,7 @@ def open_source(spec: str, *, split: int = 1, frame_rate: float = frame_folders.
         raise NotADirectoryError(f"data.source={spec!r} is a file; write the folder that holds the videos")
     if precomputed.is_precomputed(path):
         return precomputed_source.source(str(path))
-    return records.array_record(str(path)) if records.shards(path) else folder(str(path), **of_folder)
+    return records.array_record(str(path), split=split) if records.shards(path) else folder(str(path), **of_folder)
 
 
 def folder(path: str, *, split: int = 1, frame_rate: float = frame_folders.FRAME_RATE) -> Source:
@@ -89,7 +89,7 @@ def folder(path: str, *, split: int = 1, frame_rate: float = frame_folders.FRAME
         for name, info, label, part in zip(names, infos, layout.labels, layout.splits, strict=True)
     )
     source = _of_files(str(path), items, [str(files[k]) for k in good], infos, layout.classes, skipped)
-    return dataclasses.replace(source, notes=layout.notes)
+    return dataclasses.replace(source, notes=layout.notes, missing=layout.missing)
 
 
 def _videos_below(root: Path) -> Iterator[Path]:

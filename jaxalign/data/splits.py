@@ -1,16 +1,20 @@
 """Which videos of a folder are for training, which are held out, and what their labels are: read from their paths.
 
 The first that applies:
-  sub-folders    `train` (or `sky_train`) and `test`, `val`, `valid`, `validation`, `held_out` (or `sky_test`)
+  sub-folders    `train` (or `sky_train`) and `test`, `val`, `valid`, `validation`, `held_out` (or `sky_test`), in any
+                 case of letters, in the folder or inside of the one that holds everything; with both kinds there, what
+                 lies outside of them is not used. CLASS/train and CLASS/test are splits where every video is in one.
   UCF-101's lists    trainlist01.txt and testlist01.txt (02, 03 with data.split) in the folder, or in `ucfTrainTestlist`
                      in it or beside it: what is in the first is trained on, what is in the second is held out
   chance    one file in twenty, by its name, of 20 or more; otherwise the beginning and the end of each file
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxalign.data.clips import split_by_name
 
@@ -27,38 +31,101 @@ class Layout:
     labels: list[int]
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # what lists name and nobody has
 
 
 def layout(root: Path, names: Sequence[str], *, split: int = 1, unreadable: Sequence[str] = ()) -> Layout:
     """Splits and labels of the videos `names` (paths below `root`, with /).
 
-    Labels are first-level folders (below those of the splits), none if a video lies outside of them. SkyTimelapse's
-    folders (sky_train/VIDEO/CLIP) are videos and no classes. `unreadable`: further videos, which are there and cannot
-    be used. Raises ValueError, one line, for lists that do not belong together or name too many videos that are not
-    there.
+    Labels are first-level folders (below those of the splits), none if a video that is used lies outside of them; with
+    UCF-101's lists the folder that a video is in. SkyTimelapse's folders (sky_train/VIDEO/CLIP) are videos and no
+    classes. `unreadable`: further videos, which are there and cannot be used. Raises ValueError, one line, for lists
+    that do not belong together or name too many videos that are not there.
     """
-    splits, inner, notes = _splits(root, names, unreadable, split)
-    folders = [name.split("/")[:-1] for name in inner]
-    classes = tuple(sorted({parts[0] for parts in folders})) if all(folders) else ()
-    return Layout(splits, [classes.index(p[0]) if classes else 0 for p in folders], classes, notes)
+    found = _in_folders(names) or _official(root, names, unreadable, split) or _by_chance(names)
+    folders = {k: name.split("/")[:-1] for k, name in enumerate(found.inner) if found.splits[k] != "unused"}
+    classes = tuple(sorted({parts[0] for parts in folders.values()})) if all(folders.values()) else ()
+    labels = [classes.index(folders[k][0]) if classes and k in folders else 0 for k in range(len(names))]
+    return Layout(found.splits, labels, classes, found.notes, found.missing)
 
 
-def _splits(root: Path, names, unreadable, split: int) -> tuple[list[str], Sequence[str], tuple[str, ...]]:
-    """The split of each name, the names as labels are read from them, and notes."""
-    first = [name.split("/")[0] if "/" in name else "" for name in names]
-    if set(first) & set(TRAIN) and set(first) & set(HELD_OUT) and set(first) <= {*TRAIN, *HELD_OUT}:
-        splits = ["train" if folder in TRAIN else "held_out" for folder in first]
-        sky = any(folder.startswith("sky_") for folder in first)
-        return splits, [name.rsplit("/", 1)[-1] if sky else name.split("/", 1)[1] for name in names], ()
-    if found := _official(root, [*names, *unreadable], split):
-        train, test, notes = found
-        tails = [_tail(name) for name in names]
-        return ["train" if t in train else "held_out" if t in test else "unused" for t in tails], names, notes
-    return split_by_name(names), names, ()
+class _Found(NamedTuple):
+    """The split of each name, and the names as labels are read from them; notes and missing as in Layout."""
+
+    splits: list[str]
+    inner: Sequence[str]
+    notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
 
 
-def _official(root: Path, names: Sequence[str], number: int) -> tuple[set[str], set[str], tuple[str, ...]] | None:
-    """(train, test, notes) of the lists of this number, None where there are no lists of these videos."""
+def _in_folders(names: Sequence[str]) -> _Found | None:
+    """The splits of folders that are named for them, None where there are not both kinds."""
+    paths = [name.split("/") for name in names]
+    around = _shared(paths)
+    for depth in (around, around + 1):
+        kinds = [_kind(parts, depth) for parts in paths]
+        if not {"train", "held_out"} <= set(kinds) or (depth > around and None in kinds):
+            continue
+        # A folder around everything is no class; one between it and the splits is.
+        inner = ["/".join(parts[around:depth] + parts[depth + 1 :]) for parts in paths]
+        if any(parts[depth].lower().startswith("sky_") for parts, kind in zip(paths, kinds, strict=True) if kind):
+            inner = [parts[-1] for parts in paths]
+        outside = [name for name, kind in zip(names, kinds, strict=True) if kind is None]
+        notes = ()
+        if outside:
+            folders = sorted({parts[depth] for parts, kind in zip(paths, kinds, strict=True) if kind})
+            notes = (f"{_count(outside)} outside of {', '.join(folders)} not used: {_some(outside)}",)
+        return _Found([kind or "unused" for kind in kinds], inner, notes)
+    return None
+
+
+def _by_chance(names: Sequence[str]) -> _Found:
+    """One file in twenty; a note where folders at any depth look like splits that nobody follows."""
+    paths = [name.split("/") for name in names]
+    depth = _shared(paths)
+    alone = bool(paths) and all(_kind(parts, depth) for parts in paths)  # a lone train folder is no class
+    inner = names
+    if alone:
+        sky = any(parts[depth].lower().startswith("sky_") for parts in paths)
+        inner = [parts[-1] if sky else "/".join(parts[depth + 1 :]) for parts in paths]
+    below = [part for parts in paths for part in parts[depth:-1]]
+    ignored = sorted({part for part in below if part.lower() in (*TRAIN, *HELD_OUT)})
+    notes = ()
+    if any(part.lower() in TRAIN for part in ignored) and any(part.lower() in HELD_OUT for part in ignored):
+        notes = (
+            f"warning: the split is by chance, though there are folders {', '.join(ignored)}: put them side by side in "
+            "the folder that data.source names",
+        )
+    return _Found(split_by_name(names), inner, notes)
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many folders stand around all of the videos, up to the first that is named for a split."""
+    for depth in itertools.count():
+        folders = {parts[depth] if len(parts) > depth + 1 else "" for parts in paths}
+        if len(folders) != 1 or folders <= {""} or _kind(paths[0], depth):
+            return depth
+
+
+def _kind(parts: Sequence[str], depth: int) -> str | None:
+    """'train' or 'held_out' if the folder at that depth is named so."""
+    folder = parts[depth].lower() if len(parts) > depth + 1 else ""
+    return "train" if folder in TRAIN else "held_out" if folder in HELD_OUT else None
+
+
+def _official(root: Path, names: Sequence[str], unreadable: Sequence[str], number: int) -> _Found | None:
+    """What the lists of this number say, None where there are no lists of these videos."""
+    lists = _lists(root, [*names, *unreadable], number)
+    if lists is None:
+        return None
+    train, test, notes, missing = lists
+    tails = [_tail(name) for name in names]
+    splits = ["train" if t in train else "held_out" if t in test else "unused" for t in tails]
+    return _Found(splits, ["/".join(name.split("/")[-2:]) for name in names], notes, missing)
+
+
+def _lists(root: Path, names: Sequence[str], number: int) -> tuple[set[str], set[str], tuple, tuple] | None:
+    """(train, test, notes, missing) of the lists of this number, None where there are no lists of these videos."""
     wanted = [f"{kind}list{number:02d}.txt" for kind in ("train", "test")]
     there = {_tail(name): name for name in names}
     numbers: set[int] = set()
@@ -75,15 +142,15 @@ def _official(root: Path, names: Sequence[str], number: int) -> tuple[set[str], 
         train, test = (_listed(place / name) for name in wanted)
         if place == beside and not (train | test) & there.keys():
             continue  # those of another folder
-        return train, test, _checked(root, wanted, train, test, there)
+        return train, test, *_checked(root, wanted, train, test, there)
     if number != 1 or numbers:
         known = f"there are those of split {', '.join(map(str, sorted(numbers)))}" if numbers else "none is"
         raise ValueError(f"data.split={number}: no {wanted[0]} in {root} or its ucfTrainTestlist ({known} there)")
     return None
 
 
-def _checked(root: Path, lists: list[str], train: set[str], test: set[str], there: dict[str, str]) -> tuple[str, ...]:
-    """Lines about what the lists and the videos do not share; ValueError where that is too much."""
+def _checked(root: Path, lists: list[str], train: set[str], test: set[str], there: dict[str, str]) -> tuple:
+    """Lines about what the lists and the videos do not share, and all that are missing; ValueError for too many."""
     named, listed = " and ".join(lists), train | test
     if both := sorted(train & test):
         raise ValueError(f"data.source={str(root)!r}: {_count(both)} stand in both {named}: {_some(both)}")
@@ -100,7 +167,7 @@ def _checked(root: Path, lists: list[str], train: set[str], test: set[str], ther
         notes.append(f"{lost}: {_some(missing)}")
     if unlisted:
         notes.append(f"{_count(unlisted)} in neither list and not used: {_some(unlisted)}")
-    return tuple(notes)
+    return tuple(notes), tuple(missing)
 
 
 def _listed(path: Path) -> set[str]:

@@ -64,27 +64,34 @@ def probe(path: str) -> VideoInfo:
         width, height = stream.codec_context.width, stream.codec_context.height
         fps = float(stream.average_rate or stream.guessed_rate or 25)
         aspect = float(stream.sample_aspect_ratio or 1)
-        entries, claimed = stream.index_entries, stream.frames
-        if container.format.name.startswith(("mov", "avi")) and 0 < claimed == len(entries):
-            frames, size = claimed, os.path.getsize(path)
-            there = sum(entry.pos + entry.size <= size for entry in entries)
-            if there < frames:
-                raise UnreadableVideo(path, f"cut short: the file holds {there} of its {frames} frames")
+        name, claimed, listed = container.format.name, stream.frames, len(stream.index_entries)
+        # An edit list takes frames out of an MP4's index, and marks those that others need to be discarded.
+        edited = name.startswith("mov") and listed < claimed
+        if name.startswith(("mov", "avi")) and listed and (edited or listed == claimed):
+            size = os.path.getsize(path)
+            there = sum(entry.pos + entry.size <= size for entry in stream.index_entries)
+            if there < listed:
+                raise UnreadableVideo(path, f"cut short: the file holds {there} of its {listed} frames")
+            frames = sum(not entry.is_discard for entry in stream.index_entries)
         else:
-            frames = sum(1 for _ in _packets(container, stream))
+            discarded = [packet.is_discard for packet in _whole_packets(container, stream)]
             # Headers are often a frame or two off; a file that lost its end lacks far more.
-            if frames < 0.95 * claimed - 2:
-                raise UnreadableVideo(path, f"cut short: the file holds {frames} of its {claimed} frames")
+            if len(discarded) < 0.95 * claimed - 2:
+                raise UnreadableVideo(path, f"cut short: the file holds {len(discarded)} of its {claimed} frames")
+            frames = discarded.count(False)
     if not frames or not width or not height:
         raise UnreadableVideo(path, "no video frames")
     return VideoInfo(frames, fps, max(1, round(width * aspect)), height)
 
 
 def _packets(container, stream) -> Iterator[av.Packet]:
-    """The packets that become frames: nothing empty, nothing torn, nothing that an edit list cuts away."""
-    for packet in _demux(container, stream):
-        if packet.size and not packet.is_discard and not packet.is_corrupt:
-            yield packet
+    """The packets that become frames: whole ones, but for those that an edit list cuts away."""
+    return (packet for packet in _whole_packets(container, stream) if not packet.is_discard)
+
+
+def _whole_packets(container, stream) -> Iterator[av.Packet]:
+    """Nothing empty, nothing torn."""
+    return (packet for packet in _demux(container, stream) if packet.size and not packet.is_corrupt)
 
 
 def _demux(container, stream) -> Iterator[av.Packet]:
@@ -93,9 +100,13 @@ def _demux(container, stream) -> Iterator[av.Packet]:
         yield from container.demux(stream)
 
 
-@functools.lru_cache(maxsize=1024)  # an index is a few kilobytes, and every clip of the file needs it
 def index_frames(path: str) -> FrameIndex:
-    """The exact index of a file, from its packets, without decoding. Raises UnreadableVideo."""
+    """The exact index of a file as it is now, from its packets, without decoding. Raises UnreadableVideo."""
+    return _index(path, stamp_of(path))
+
+
+@functools.lru_cache(maxsize=1024)  # an index is a few kilobytes, and every clip of the file needs it
+def _index(path: str, stamp: tuple | None) -> FrameIndex:
     with opened(path) as (container, stream):
         name, codec = container.format.name, stream.codec_context.name
         packets = [(packet.pts, packet.dts, packet.is_keyframe) for packet in _packets(container, stream)]

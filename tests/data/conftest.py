@@ -39,8 +39,10 @@ def encode(
     turn=0,
     container_options=None,
     pixels="yuv420p",
+    lose=0,
 ):
-    """Writes frames to a file; stamps: presentation times in milliseconds for a variable frame rate."""
+    """Writes frames to a file; stamps: presentation times in milliseconds for a variable frame rate; lose: how many
+    frames an edit list cuts away at the beginning."""
     tick = Fraction(1, 1000) if stamps else Fraction(1, rate)
     with av.open(str(path), "w", format=fmt, options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
@@ -56,6 +58,22 @@ def encode(
             frame.pts, frame.time_base = stamps[number] if stamps else number, tick
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return cut_by_edit_list(path, lose, container_options) if lose else path
+
+
+def cut_by_edit_list(path, frames, options):
+    """What `ffmpeg -ss … -c copy` leaves: packets from before time 0, which decoders need and nobody is shown."""
+    whole = path.with_name(f"whole-{path.name}")
+    path.rename(whole)
+    with av.open(str(whole)) as source, av.open(str(path), "w", options=options or {}) as container:
+        stream = source.streams.video[0]
+        copy = container.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                earlier = int(frames / (stream.average_rate * stream.time_base))
+                packet.pts, packet.dts, packet.stream = packet.pts - earlier, packet.dts - earlier, copy
+                container.mux(packet)
+    whole.unlink()
     return path
 
 

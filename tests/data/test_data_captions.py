@@ -98,6 +98,12 @@ def test_sources_with_captions_of_their_own(tmp_path):
     assert array_record(str(tmp_path)).captions == ("clip 0", "clip 1")
 
 
+@pytest.mark.parametrize("kind", ["", "folder:", "frames:", "array_record:"])
+def test_captions_beside_a_folder_however_it_is_named(tmp_path, kind):
+    _csv(tmp_path, "v0.mp4,a dog", header="video,caption").rename(tmp_path / captions.FILE)
+    assert captions.captioned(_source(9), f"{kind}{tmp_path}", "").captions == ("a dog",)
+
+
 def test_a_batch_says_what_it_shows():
     source = _source(9, 9, captions=("one", "two"), tokens=np.array([[1, 2], [3, 0]], np.uint16))
     data = pipeline.batches(source, seed=0, batch_size=2, num_frames=4, height=8, width=8)

@@ -1,15 +1,19 @@
 """The global batch is one thing: whatever the hosts, the workers, the place where a run resumes, or the bad
 files."""
 
+import dataclasses
 import os
+import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from jaxalign.data.clips import Clip, windows
+from jaxalign.data import pipeline
+from jaxalign.data.clips import Clip, Item, windows
 from jaxalign.data.pipeline import GIVE_UP_AFTER, batches, held_out
 from jaxalign.data.sources import FileCache, demo, folder
 from jaxalign.data.video import UnreadableVideo
@@ -154,8 +158,20 @@ def test_a_lost_disk_is_no_substitute(source):
 def test_nothing_long_enough(source):
     with pytest.raises(ValueError, match=r"num_frames=31 .* has 30\); lower data.num_frames"):
         batches(source, seed=0, batch_size=1, num_frames=31, height=24, width=24)
-    with pytest.raises(ValueError, match="held_out"):
+    with pytest.raises(ValueError, match="5 are for split 'held_out' and have at most 4 frames there, not num_fr"):
         held_out(source, 2, num_frames=8, height=24, width=24)
+
+
+def test_a_split_without_a_usable_video_says_what_helps(source):
+    def with_one_held_out(frames):
+        items = [dataclasses.replace(item, split="train") for item in source.items[1:]]
+        return dataclasses.replace(source, items=(*items, Item("short.mp4", frames, 25.0, 0, "held_out")))
+
+    with pytest.raises(ValueError, match=r"1 are for split 'held_out' and have at most 3 .* into a folder named test"):
+        held_out(with_one_held_out(3), 8, **SIZE)
+    without = dataclasses.replace(source, items=with_one_held_out(3).items[:-1])
+    with pytest.raises(ValueError, match=r"none of its 4 videos is for split 'held_out'; put some .* the word test"):
+        held_out(without, 8, **SIZE)
 
 
 def test_held_out_clips_are_fixed_spread_and_unseen():
@@ -206,18 +222,34 @@ if __name__ == "__main__":
     iterator = batches(open_source("synthetic"), seed=0, batch_size=2, workers=1, **size).iterate()
     next(iterator)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-    time.sleep(60)
+    time.sleep({seconds})
 """
 
 
+def test_signals_to_a_group_leave_its_workers_alone():
+    """What a worker does with them; whole processes: the slow test below."""
+    asked = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.signal, "signal", asked.__setitem__)
+        patch.setattr(pipeline.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+        pipeline._begin_worker(0, 1)
+    assert asked == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
+
+
 @pytest.mark.slow
-def test_workers_end_with_a_killed_trainer(tmp_path):
-    (tmp_path / "trainer.py").write_text(_TRAINER)
+@pytest.mark.parametrize("end", ["killed", "by itself"])
+def test_workers_outlive_a_sigterm_and_not_their_trainer(tmp_path, end):
+    (tmp_path / "trainer.py").write_text(_TRAINER.format(seconds=60 if end == "killed" else 2))
     trainer = subprocess.Popen([sys.executable, tmp_path / "trainer.py"], stdout=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in trainer.stdout.readline().split()]
     assert workers
-    trainer.kill()
-    trainer.wait()
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+    time.sleep(1)
+    assert all(os.path.exists(f"/proc/{pid}/cmdline") for pid in workers)
+    if end == "killed":
+        trainer.kill()
+    trainer.wait(timeout=30)  # without a `close` too
     for _ in range(100):
         alive = [pid for pid in workers if os.path.exists(f"/proc/{pid}/cmdline")]
         if not alive:

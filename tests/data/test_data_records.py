@@ -9,6 +9,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from jaxalign.data import records
 from jaxalign.data.clips import Clip, Window, load, windows
 from jaxalign.data.pipeline import batches, held_out
 from jaxalign.data.records import array_record, tfds, write_array_record
@@ -67,6 +68,23 @@ def test_splits_by_file_name_and_resizing(tmp_path):
     batch = batches(source, seed=0, batch_size=2, num_frames=4, height=8, width=8)[0]
     assert batch["video"].shape == (2, 4, 8, 8, 3)
     assert held_out(source, 2, num_frames=4, height=32, width=32)["video"].shape == (2, 4, 32, 32, 3)
+
+
+def test_words_in_shard_names(tmp_path):
+    def split_of(name):
+        return records._split_of(f"/data/test/{name}.array_record-00000-of-00001")
+
+    for name in ("train_0", "my_train_set", "train_00000", "Train", "ucf-train.2", "x_train"):
+        assert split_of(name) == "train", name
+    for name in ("test_0", "my_test_set", "toy-val", "valid01", "validation_3", "my_held_out", "heldout"):
+        assert split_of(name) == "held_out", name
+    for name in ("trainer", "strain", "latest", "contest_a", "values", "interval_2"):
+        assert split_of(name) is None, name
+    write_array_record(str(tmp_path / "a_train_0.array_record"), _clips(1))
+    with pytest.raises(ValueError, match=r"data.split=2: .* has no numbered lists"):
+        open_source(str(tmp_path), split=2)
+    with pytest.raises(ValueError, match=r"none of its 1 videos is for split 'held_out'; .* or a shard"):
+        held_out(open_source(str(tmp_path)), 1, num_frames=4, height=16, width=24)
 
 
 def test_bad_shards_and_records(tmp_path):
@@ -162,3 +180,25 @@ def test_ucf101_of_tfds_is_taken_by_its_split(tmp_path, monkeypatch):
     assert len(tfds("ucf101/ucf101_1").items) == 4, "a config by its name"
     with pytest.raises(ValueError, match=r"data.split=2: .* is prepared for split 1, 3 only"):
         open_source("tfds:ucf101", split=2)
+    third = tmp_path / "ucf101" / "ucf101_3" / "2.0.0"
+    for folder in (third, third.parent):  # by its path: it is what it is
+        assert tfds(str(folder), split=3).items == tfds(str(folder)).items
+        assert tfds(str(folder)).notes == ("prepared from UCF-101's lists of split 3",)
+    assert open_source(str(third), split=3).notes == ()
+    with pytest.raises(ValueError, match=r"data.split=2: .* is prepared for split 3 only"):
+        open_source(f"array_record:{third}", split=2)
+    # Another config, newer by its version, has no say in what this one holds.
+    newer = tmp_path / "ucf101" / "ucf101_3" / "9.0.0"
+    newer.mkdir()
+    (newer / "features.json").write_text("{}")
+    assert len(tfds("ucf101").items) == 5
+
+
+def test_a_small_tfds_set_without_a_test_split_holds_one_record_out(tmp_path, monkeypatch):
+    _tfds(tmp_path / "toy" / "1.0.0", {"train": _clips(3, frames=2)})
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    source = tfds("toy")
+    assert [item.split for item in source.items] == ["train", "train", "held_out"]
+    assert "the last one is held out" in source.notes[0]
+    with pytest.raises(ValueError, match=r"data.split=2: .* has no numbered splits"):
+        tfds("toy", split=2)

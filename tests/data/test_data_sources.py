@@ -5,10 +5,11 @@ from importlib import metadata
 
 import pytest
 
-from jaxalign.data import index
+from jaxalign.data import index, splits
 from jaxalign.data.clips import Clip, fingerprint, windows
 from jaxalign.data.sources import SOURCES, demo, folder, open_source
 from jaxalign.data.summary import summary
+from jaxalign.data.video import VideoInfo
 
 SIZE = {"num_frames": 8, "height": 24, "width": 24}
 
@@ -51,7 +52,7 @@ def test_train_and_test_folders_are_the_splits(tmp_path, numbered):
     ]
 
 
-def test_ucf101_layout_and_its_own_lists(tmp_path, numbered):
+def test_ucf101_layout_and_its_own_lists(tmp_path, numbered, monkeypatch):
     names = [f"{c}/v_{c}_g0{g}_c01.avi" for c in ("ApplyLipstick", "Archery") for g in (1, 2, 3)]
     for name in names:
         numbered(tmp_path / "UCF-101" / name, codec="mpeg4")
@@ -74,6 +75,9 @@ def test_ucf101_layout_and_its_own_lists(tmp_path, numbered):
     second = open_source(str(tmp_path / "UCF-101"), split=2)
     assert [item.split for item in second.items] == ["held_out", "unused", "train"] * 2
     assert fingerprint(second) != fingerprint(source)
+    monkeypatch.setattr(splits, "MISSING_SHARE", 0.5)
+    (tmp_path / "UCF-101" / names[0]).unlink()
+    assert folder(str(tmp_path / "UCF-101")).missing == (names[0][:-4],)
 
 
 def test_many_files_are_split_by_name_and_stay_where_they_are(tmp_path, numbered):
@@ -166,11 +170,20 @@ def test_headers_of_many_files_are_remembered(tmp_path, numbered, monkeypatch):
     probed, genuine = [], index.probe
     monkeypatch.setattr(index, "probe", lambda path: probed.append(path) or genuine(path))
     assert folder(str(root)).items == first.items and folder(str(root)).skipped == first.skipped
-    assert probed == []
+    bad = str(root / "bad.mp4")
+    assert probed == [bad] * 2  # what was wrong may be mended by now: rights, a disk, a decoder
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "probe", lambda path: VideoInfo(5, 25.0, 8, 8))
+        assert [item.frames for item in folder(str(root)).items] == [12, 12, 12, 5]
+    cache = json.loads(index.cache_file(root).read_text())
+    del cache["files"][bad]
+    index.cache_file(root).write_text(json.dumps(cache))
+    probed.clear()
     numbered(root / "1.mp4", frames=20)
-    assert [item.frames for item in folder(str(root)).items] == [12, 20, 12] and len(probed) == 1
+    assert [item.frames for item in folder(str(root)).items] == [12, 20, 12]
+    assert probed == [str(root / "1.mp4"), bad]
     file = index.cache_file(root)
-    assert json.loads(file.read_text())["version"] == 1 and len(list(file.parent.iterdir())) == 1
+    assert json.loads(file.read_text())["version"] == 2 and len(list(file.parent.iterdir())) == 1
     for broken in ("", "[]", '{"version": 1}', '{"version": 0, "files": {}}'):
         file.write_text(broken)
         assert [item.frames for item in folder(str(root)).items] == [12, 20, 12]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from jaxalign.data.clips import split_by_name
 from jaxalign.data.splits import layout
 
 VIDEOS = [f"C{c}/v_{k}.avi" for c in range(2) for k in range(30)]
@@ -77,3 +78,55 @@ def test_sky_folders_are_splits_and_hold_no_classes(tmp_path):
     found = layout(tmp_path, names)
     assert found.splits == ["train"] * 3 + ["held_out"] and found.classes == () and found.labels == [0] * 4
     assert layout(tmp_path, [name.replace("sky_", "") for name in names]).classes == ("a", "b", "c")
+    around = layout(tmp_path, [f"SkyTimelapse/clips/{name}" for name in names])
+    assert (around.splits, around.labels, around.classes) == (found.splits, found.labels, ())
+
+
+TRAIN, TEST = [f"train/C{c}/{k}.mp4" for c in range(2) for k in range(12)], ["test/C0/a.mp4", "test/C1/b.mp4"]
+
+
+@pytest.mark.parametrize("change", [str, lambda name: name.title(), lambda name: f"data/{name}"])
+def test_split_folders_in_any_case_and_inside_of_another(tmp_path, change):
+    found = layout(tmp_path, [change(name) for name in (*TRAIN, *TEST)])
+    assert found.splits == ["train"] * 24 + ["held_out"] * 2
+    assert found.labels == [0] * 12 + [1] * 12 + [0, 1] and found.classes == ("C0", "C1") and found.notes == ()
+
+
+@pytest.mark.parametrize("stray", ["stray.mp4", "extra/C9/x.mp4"])
+def test_what_lies_beside_split_folders_is_not_used(tmp_path, stray):
+    found = layout(tmp_path, [*TRAIN, stray, *TEST])
+    assert found.splits == ["train"] * 24 + ["unused"] + ["held_out"] * 2
+    assert found.classes == ("C0", "C1") and found.labels[-2:] == [0, 1]
+    assert found.notes == (f"1 video outside of test, train not used: {stray}",)
+
+
+def test_split_folders_inside_of_classes(tmp_path):
+    names = [f"C{c}/{part}/{k}.mp4" for c in range(2) for part in ("train", "test") for k in range(15)]
+    found = layout(tmp_path, names)
+    assert found.splits == (["train"] * 15 + ["held_out"] * 15) * 2
+    assert found.labels == [0] * 30 + [1] * 30 and found.classes == ("C0", "C1")
+    # Some videos in no such folder: the folders may mean something else, so nothing is guessed and it is said.
+    (note,) = layout(tmp_path, [*names, "C2/a.mp4"]).notes
+    assert "the split is by chance, though there are folders test, train" in note
+
+
+def test_a_lone_split_folder_is_no_class(tmp_path):
+    found = layout(tmp_path, TRAIN)
+    assert found.classes == ("C0", "C1") and found.labels == [0] * 12 + [1] * 12
+    assert found.splits == split_by_name(TRAIN), "its videos are split as they were"
+    assert layout(tmp_path, ["train/a.mp4", "train/b.mp4"]).classes == ()
+    assert layout(tmp_path, ["train/a.mp4", "bus/b.mp4"]).classes == ("bus", "train"), "a class of vehicles"
+
+
+def test_labels_of_listed_videos_are_the_folders_that_they_are_in(lists):
+    root = lists(VIDEOS[:40], VIDEOS[40:]).parent  # the folder that holds UCF-101/ and ucfTrainTestlist/
+    found = layout(root, [f"UCF-101/{name}" for name in VIDEOS])
+    assert found.classes == ("C0", "C1") and found.labels == [0] * 30 + [1] * 30
+    assert found.splits == ["train"] * 40 + ["held_out"] * 20
+
+
+def test_all_missing_videos_are_known_though_few_are_shown(lists):
+    gone = [f"C0/gone_{k}" for k in range(5)]
+    videos = [f"C0/v_{k}.avi" for k in range(200)]
+    found = layout(lists([*videos[:150], *gone], videos[150:]), videos)
+    assert found.missing == tuple(gone) and "C0/gone_2, … (2 more)" in found.notes[1]

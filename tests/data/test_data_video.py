@@ -26,23 +26,31 @@ KINDS = {
     "mpeg4.avi": {"codec": "mpeg4"},
     "h264.avi": {"options": B_FRAMES},
     "vp8.webm": {"codec": "libvpx", "b_frames": 0},
+    # Frames 0 to 19 are cut away: within the only group of pictures, and with a group before the one that is cut.
+    "edited-in-one-group.mp4": {"frames": 80, "lose": 20, "gop": 250},
+    "edited.mp4": {"frames": 80, "lose": 20, "options": B_FRAMES},
+    "edited-mpeg4.mp4": {"frames": 80, "lose": 20, "codec": "mpeg4", "b_frames": 0},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_frames_are_those_of_a_full_decode(kind, tmp_path, numbered):
-    path = str(numbered(tmp_path / kind, **KINDS[kind]))
+    path, lost = str(numbered(tmp_path / kind, **KINDS[kind])), KINDS[kind].get("lose", 0)
+
+    def number_of(image):
+        return numbered.number(image) - lost
+
     assert probe(path).frames == len(index_frames(path)) == 60
     with av.open(path) as container:  # the reference: everything, in the order in which it comes out
         whole = [frame.to_ndarray(format="rgb24", interpolation=video._BICUBIC) for frame in container.decode(video=0)]
-    assert len(whole) == 60 and [numbered.number(image) for image in whole] == list(range(60))
+    assert len(whole) == 60 and [number_of(image) for image in whole] == list(range(60))
     for start, step in [(0, 1), (11, 1), (12, 2), (23, 3), (27, 1), (35, 1), (44, 2), (52, 1)]:
         numbers = list(range(start, min(start + 8 * step, 60), step))
         frames = read_frames(path, numbers)
-        assert [numbered.number(image) for image in frames] == numbers
+        assert [number_of(image) for image in frames] == numbers
         np.testing.assert_array_equal(frames, np.stack([whole[number] for number in numbers]))
     np.testing.assert_array_equal(read_frames(path, [40, 7]), np.stack([whole[40], whole[7]]))
-    assert [numbered.number(read_frames(path, [number])[0]) for number in range(1, 60, 2)] == list(range(1, 60, 2))
+    assert [number_of(read_frames(path, [number])[0]) for number in range(1, 60, 2)] == list(range(1, 60, 2))
 
 
 @pytest.mark.parametrize("item", range(3))
@@ -154,6 +162,9 @@ def test_bad_files_say_what_is_wrong(tmp_path, numbered):
     _cut(numbered(tmp_path / "no-index.mp4"), 0.6)
     _cut(numbered(tmp_path / "index-first.mp4", container_options={"movflags": "faststart"}), 0.7)
     _cut(numbered(tmp_path / "half.avi", codec="mpeg4"), 0.5)
+    edited = numbered(tmp_path / "edited.mp4", frames=80, lose=20, container_options={"movflags": "faststart"})
+    assert probe(str(edited)).frames == 60
+    _cut(edited, 0.7)
     expected = {
         "empty.mp4": "empty",
         "text.avi": "not a video",
@@ -162,6 +173,7 @@ def test_bad_files_say_what_is_wrong(tmp_path, numbered):
         "no-index.mp4": "cut short",
         "index-first.mp4": "cut short",
         "half.avi": "cut short",
+        "edited.mp4": "cut short",
         "folder.mp4": "",
     }
     for name, words in expected.items():
@@ -191,9 +203,15 @@ def test_damage_inside_a_file_is_survived(tmp_path, numbered):
         start = int(rng.integers(len(data) // 4, len(data) * 3 // 4))
         damaged[start : start + 300] = rng.bytes(300)
         path.write_bytes(damaged)
-        index_frames.cache_clear()
         try:  # frames or a reason, nothing else
             frames = read_frames(str(path), range(10, 40))
             assert frames.shape == (30, 48, 64, 3)
         except UnreadableVideo as error:
             assert error.why
+
+
+def test_a_replaced_file_gets_an_index_of_its_own(tmp_path, numbered):
+    path = str(numbered(tmp_path / "a.mp4", frames=60))
+    assert len(index_frames(path)) == 60
+    numbered(tmp_path / "b.mp4", frames=40).replace(path)
+    assert len(index_frames(path)) == 40 and len(read_frames(path)) == 40
