@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from jaxalign.data.clips import Clip, Source, Window, load, windows
+from jaxalign.data.clips import Clip, Source, Window, load, part, windows
 from jaxalign.data.video import UnreadableVideo
 
 AHEAD = 2  # batches decoded ahead (of each worker): enough to hide a slow clip, little memory
@@ -87,7 +87,10 @@ def _until_closed(iterator: grain.DatasetIterator, change: Callable) -> Generato
 
 
 def _begin_worker(worker: int, workers: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    # These come to all of a group of processes (Ctrl-C, a scheduler's notice): the main process answers them, and needs
+    # its workers until the step is done. It ends them without signals that can be ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -181,14 +184,28 @@ def held_out_clip(source: Source, found: Sequence[Window], clip: Clip, k: int, n
 
 
 def _windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
-    found = windows(source, split, clip)
-    if not found:
-        longest = max((item.frames or 0 for item in source.items), default=0)
+    """`windows`, or ValueError that says why there is none and what helps."""
+    if found := windows(source, split, clip):
+        return found
+    where, count = f"data.source={source.name!r}", len(source.items)
+    mine = [item for item in source.items if item.split in (split, "both")]
+    word = "train" if split == "train" else "test"
+    if not mine:
         raise ValueError(
-            f"data.source={source.name!r}: nothing in its {len(source.items)} videos for split {split!r} has "
-            f"num_frames={clip.num_frames} frames (the longest video has {longest}); lower data.num_frames"
+            f"{where}: none of its {count} videos is for split {split!r}; put some into a folder, or a shard, that has "
+            f"the word {word} in its name"
         )
-    return found
+    longest = max(item.frames or 0 for item in source.items)
+    if longest < clip.fewest:
+        raise ValueError(
+            f"{where}: nothing in its {count} videos for split {split!r} has num_frames={clip.num_frames} frames "
+            f"(the longest video has {longest}); lower data.num_frames"
+        )
+    most = max(stop - start for start, stop in (part(item, split) for item in mine))
+    raise ValueError(
+        f"{where}: of its {count} videos {len(mine)} are for split {split!r} and have at most {most} frames there, not "
+        f"num_frames={clip.num_frames}; lower data.num_frames, or put longer ones into a folder named {word}"
+    )
 
 
 def _row(source, found, clip: Clip, seed: int, place: int, number: int, position: float | None = None) -> dict:

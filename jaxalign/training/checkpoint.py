@@ -70,7 +70,7 @@ def _hide_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno > logging.ERROR
 
 
-def _agree(value: int) -> int:
+def agree(value: int) -> int:
     """Process 0's number, on every process."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
@@ -166,7 +166,7 @@ class Checkpoints:
         size = sum(leaf.nbytes for leaf in arrays.values())
         metadata = {"step": step, "leaves": described, "extra": extra or {}}
         # Orbax's processes wait for each other: all save, or none does.
-        if not _agree(self._prepare(step, size, metadata) if self._primary else 0):
+        if not agree(self._prepare(step, size, metadata) if self._primary else 0):
             return
         try:
             self._orbax.save(self.directory / str(step) / "state", args=ocp.args.PyTreeSave(arrays))
@@ -284,16 +284,18 @@ class Checkpoints:
                 break
             self._damaged.add(step)
             self._say(f"skipped the damaged checkpoint {self.directory / str(step)}: {damage}")
-        agreed = _agree(-1 if chosen is None else chosen)
+        agreed = agree(-1 if chosen is None else chosen)
         return None if agreed < 0 else agreed
 
-    def restore_latest(self, abstract_state: Any) -> Restored | None:
+    def restore_latest(
+        self, abstract_state: Any, *, check: Callable[[dict[str, Any]], None] = lambda extra: None
+    ) -> Restored | None:
         """The newest whole checkpoint in the structure and shardings of `abstract_state`, or None.
 
         `abstract_state` has ShapeDtypeStructs (with shardings, else the first device) or arrays where
         arrays come back, and numbers where numbers do. Each damaged checkpoint is one line in `messages`
-        and stays where it is. Raises ValueError with the names of the leaves when a whole checkpoint does
-        not fit the state.
+        and stays where it is. `check` sees what the caller had added, before anything else is done with it. Raises
+        ValueError with the names of the leaves when a whole checkpoint does not fit the state.
         """
         self.wait()
         before = len(self.messages)
@@ -305,6 +307,7 @@ class Checkpoints:
         self._good.add(step)
         folder = self.directory / str(step)
         metadata = restore.read_metadata(folder)
+        check(metadata["extra"])
         remedy = "it belongs to another model, optimizer or version: use another workdir"
         restore.check_match(folder, metadata["leaves"], wanted, exact=True, remedy=remedy)
         found = restore.read(self._orbax, folder, wanted)

@@ -25,25 +25,29 @@ from jaxalign.training import (
     init_from,
     processes,
     prompts,
+    same_data,
     setup,
     showing,
     subspaces,
     tensorboard,
 )
 from jaxalign.training import config as config_lib
-from jaxalign.training.checkpoint import Checkpoints, check_writable
+from jaxalign.training.checkpoint import Checkpoints, agree, check_writable
 from jaxalign.training.data_settings import abstract_batch, clip_settings, split_batch, task_parts
 from jaxalign.training.interrupt import Interrupts, Maintenance
 from jaxalign.training.mesh import batch_sharding, fetch, process_share
 from jaxalign.training.optimizer import learning_rate
 from jaxalign.training.prepare import compiled_step, prepare
-from jaxalign.training.report import Report, first_screen
+from jaxalign.training.report import Report, first_screen, read_json
 from jaxalign.training.restore import step_folders
 from jaxalign.training.step import make_gradient_cosine
 from jaxalign.training.stopwatch import SlowHosts, Stopwatch
 from jaxalign.training.watchdog import Profile, Recompilations, Watchdog
 
 HELD_OUT_CLIPS, HELD_OUT_TIMES = 8, 4  # of the loss curve; `evaluate loss` asks more
+# Of the summary: what this start knows, whatever an earlier one of the same run had found.
+ABOUT_THIS_START = ("config", "environment", "skipped_files")
+RATES = ("steps_per_second", "tokens_per_second", "data_wait_share", "flops_per_step", "flops_per_second", "mfu")
 DRAWN = re.compile(r"train/align/\w+(?<!_weight)|held_out/(?!denoising_)\w+|gradients/cosine")
 
 
@@ -74,6 +78,13 @@ def train(
             init_from.check(config, run)
         base = {"base": init_from.fingerprint(config, run)} if run.task.lora else {}
     processes.check_agreement(processes.data_facts(data, config.seed) | config_lib.flatten(base))
+    seen = same_data.facts(data, config.seed)
+    about_data = {
+        "skipped_files": dict(source.skipped),
+        "missing_files": list(source.missing),
+        "short_files": list(short_items(source, Clip(**clip))),
+        "cut_prompts": source.cut_prompts,
+    }
     schedule = learning_rate(config)
     root_key = jax.random.key(config.seed)
     init_key, step_key = jax.random.fold_in(root_key, 0), jax.random.fold_in(root_key, 1)
@@ -89,7 +100,12 @@ def train(
         processes.leaving_at_once(report.say),
     ):
         # ---- Where it stands.
-        found = checkpoints.restore_latest(abstract)
+        def check_data(extra):
+            with processes.all_or_none("data"):
+                by_label = run.task.num_classes > 0
+                changes.extend(same_data.changes(extra.get("data"), seen, by_label=by_label, where=str(workdir)))
+
+        found = checkpoints.restore_latest(abstract, check=check_data)
         if found:
             state = found.state
             init_from.check_base(found.extra.get("base"), base.get("base"), str(workdir))
@@ -99,6 +115,12 @@ def train(
         start = int(state.step)
         if start >= config.steps:
             report.say(f"{workdir} is finished: step {start} of {config.steps}")
+            if agree(read_json(workdir / "summary.json").get("step", 0)) < start:  # killed behind its last save
+                losses = evaluation.held_out_losses(
+                    run, {**state.trainable, "model": state.ema}, held_out, times=HELD_OUT_TIMES
+                )
+                summary = {"held_out": evaluation.summarise(losses), **logged_summary(workdir, start), **about_data}
+                report.summary({"config": config.to_dict(), "environment": here, **summary}, whole=ABOUT_THIS_START)
             return finish(report, workdir, leave(config, run, state, workdir))
         report.first_screen(
             {"student": state.trainable["model"], "heads": state.trainable["heads"]},
@@ -189,10 +211,11 @@ def train(
                     with watch.blocked():
                         values = {k: float(v) for k, v in jax.device_get(values).items()}
                     watch.count()
-                    dog.alive()
                     if values["nonfinite"]:
                         nonfinite += 1
+                        dog.rest()
                         skip_or_stop(config, at, values, data.names(index), checkpoints, report)
+                    dog.alive()
                     report.progress(at, **{k.split("/")[-1]: values[k] for k in shown if k in values})
                     if at % config.log_every == 0 or at == config.steps:
                         values |= {"learning_rate": float(schedule(at - 1)), **watch.rates()}
@@ -203,38 +226,48 @@ def train(
                     dog.rest()
                     with watch.paused():
                         look(state, number, batch)
+                    dog.alive()
                 if number % config.checkpoint.every == 0 or last or asked == processes.SAVE:
                     dog.rest()
-                    checkpoints.save(number, state, extra={"config": config.to_dict(), "environment": here, **base})
+                    extra = {"config": config.to_dict(), "environment": here, "data": seen, **base}
+                    checkpoints.save(number, state, extra=extra)
+                    dog.alive()
                 if last:
                     break
+            dog.rest()
             profile.stop(state.step)
-        batches.close()
-        checkpoints.wait()
+            batches.close()
+            checkpoints.wait()  # a signal that comes now must not end it
+        good = checkpoints.last_good
         report.summary(
             {
                 "config": config.to_dict(),
                 "environment": here,
-                "step": number,
+                "step": good or 0,  # where the same command goes on
                 "train": values,
                 "held_out": held_out_now,
                 **watch.rates(),
                 "seconds_to_first_step": report.seconds_to_first_step,
                 "peak_memory": environment.peak_memory(),
-                "last_checkpoint": checkpoints.last_good,
+                "last_checkpoint": good,
                 "failed_saves": checkpoints.failed_saves,
                 "nonfinite_steps": nonfinite,
                 "unreadable_clips": dict(unreadable),
-                "skipped_files": dict(source.skipped),
-                "short_files": list(short_items(source, Clip(**clip))),
-                "cut_prompts": source.cut_prompts,
-            }
+                **about_data,
+            },
+            whole=ABOUT_THIS_START,
         )
         if stopped:
-            saved = "saved" if checkpoints.last_good == number else "NOT saved"
+            saved = "saved" if good == number else "NOT saved"
             by = interrupts.name if interrupts else "a signal to another process"
             report.say(f"stopped by {by} at step {number}, {saved}; the same command goes on from here")
             return interrupts.status if interrupts else 128 + signal.SIGTERM
+        with processes.all_or_none("checkpoints"):
+            if good != number:
+                raise OSError(
+                    f"{workdir} is not finished: its last step, {number}, could not be saved, and the last good "
+                    f"checkpoint is {said_step(good)}; make room on the disk and give the same command again"
+                )
         return finish(report, workdir, leave(config, run, state, workdir))
 
 
@@ -301,6 +334,18 @@ def finish(report: Report, workdir: Path, left: Sequence[Path] = ()) -> int:
     return 0
 
 
+def logged_summary(workdir: Path, step: int) -> dict:
+    """What the logs say of a run that ended at `step` without its summary: its last metrics and speeds."""
+    row = next((r for r in tensorboard.read_scalars(workdir / "tensorboard") if r["step"] == step), {})
+    train = {name.removeprefix("train/"): value for name, value in row.items() if name.startswith("train/")}
+    speeds = {name: train[name] for name in RATES if name in train}
+    return {"step": step, "last_checkpoint": step, "train": train, **speeds}
+
+
+def said_step(step: int | None) -> str:
+    return "none" if step is None else f"step {step}"
+
+
 def compare_workdir(config: ml_collections.ConfigDict, workdir: Path) -> list[str]:
     """What changed since the workdir was made; ValueError if it is another run's."""
     path = workdir / "config.json"
@@ -346,8 +391,8 @@ def skip_or_stop(config, number: int, values: dict, clips: list[str], checkpoint
     if config.on_nonfinite == "skip":
         report.say(f"skipped a non-finite {where}")
         return
-    good = checkpoints.last_good
+    checkpoints.wait()  # the one that is being written counts
     raise FloatingPointError(
-        f"non-finite {where}; the last good checkpoint is {'none' if good is None else f'step {good}'} in "
+        f"non-finite {where}; the last good checkpoint is {said_step(checkpoints.last_good)} in "
         f"{checkpoints.directory}; lower optimizer.learning_rate, or write --config.on_nonfinite=skip"
     )

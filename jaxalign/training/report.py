@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +51,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def merge_json(path: str | Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Put `values` into the JSON object at `path`, atomically, dicts into dicts; returns the whole object."""
+def merge_json(path: str | Path, values: Mapping[str, Any], *, whole: Collection[str] = ()) -> dict[str, Any]:
+    """Put `values` into the JSON object at `path`, atomically, dicts into dicts; returns the whole object.
+
+    `whole`: the entries that are put in the place of the old ones instead.
+    """
 
     def merge(old: Any, new: Any) -> Any:
         if not (isinstance(old, dict) and isinstance(new, dict)):
             return new
         return old | {key: merge(old.get(key), entry) for key, entry in new.items()}
 
-    merged = merge(read_json(path), plain(values))
+    old = {name: entry for name, entry in read_json(path).items() if name not in whole or name not in values}
+    merged = merge(old, plain(values))
     write_atomic(Path(path), json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
     return merged
 
@@ -251,11 +255,11 @@ class Report:
 
     # ---- summary and end
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Merge `values` into summary.json: what is there already stays, dicts are merged into dicts."""
+    def summary(self, values: Mapping[str, Any], *, whole: Collection[str] = ()) -> None:
+        """Merge `values` into summary.json as `merge_json`: what is there already stays."""
         if self.active:
             with self.writing("summary.json"):
-                merge_json(self.workdir / "summary.json", values)
+                merge_json(self.workdir / "summary.json", values, whole=whole)
 
     def close(self) -> None:
         """End the bar and the event file."""

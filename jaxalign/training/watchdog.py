@@ -43,7 +43,7 @@ class Watchdog:
         self._last = time.monotonic()
 
     def rest(self) -> None:
-        """What comes now may take any time, until the next `alive`."""
+        """What comes now may take any time, until the next `alive`: call that as soon as it is done."""
         self._last = None
 
     def _watch(self) -> None:

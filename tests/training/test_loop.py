@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ from jaxalign.figures.video import write_mp4
 from jaxalign.interop import sealed
 from jaxalign.training import config as config_lib
 from jaxalign.training import loop
+from jaxalign.training.checkpoint import Checkpoints
+from jaxalign.training.report import Report
 from jaxalign.training.restore import find_checkpoint, load_params, read_metadata
 
 SMALL = dict(
@@ -91,6 +94,19 @@ def test_what_a_run_leaves_behind(undisturbed, capsys):
     assert before == {p: p.stat().st_mtime for p in (undisturbed / "checkpoints").rglob("*")}
 
 
+def test_a_run_killed_behind_its_last_save_gets_its_summary(undisturbed, tmp_path):
+    workdir = tmp_path / "killed"
+    shutil.copytree(undisturbed, workdir)
+    whole = json.loads((workdir / "summary.json").read_text())
+    (workdir / "summary.json").write_text(json.dumps({"step": 2, "skipped_files": {"mended.mp4": "torn"}}))
+    assert loop.train(small(**ALIGNED), workdir) == 0
+    late = json.loads((workdir / "summary.json").read_text())
+    assert all(late[name] == whole[name] for name in ("step", "last_checkpoint", "config", "environment"))
+    assert all(late[name] == pytest.approx(whole[name]) for name in ("held_out", "train", "flops_per_step"))
+    assert late["steps_per_second"] == late["train"]["steps_per_second"]
+    assert late["skipped_files"] == {}, "a file that was mended since"
+
+
 def test_a_damaged_checkpoint_falls_back_and_ends_the_same(undisturbed, tmp_path, capsys):
     workdir = tmp_path / "damaged"
     shutil.copytree(undisturbed, workdir)
@@ -146,6 +162,55 @@ def test_a_full_disk_at_save_costs_a_checkpoint_and_not_the_run(tmp_path, monkey
     summary = json.loads((tmp_path / "full" / "summary.json").read_text())
     assert summary["failed_saves"] == 1 and summary["last_checkpoint"] == 4
 
+    # At the last save it does cost the run, which is then not finished; and a signal does not end what is being saved.
+    shutil.rmtree(tmp_path / "full" / "checkpoints")
+    happened = []
+
+    class Dog(loop.Watchdog):
+        def alive(self):
+            happened.append("alive")
+
+        def rest(self):
+            happened.append("rest")
+
+    def noted(self, step, *rest, real=loop.Checkpoints.save, **named):
+        happened.append(f"save {step}")
+        real(self, step, *rest, **named)
+
+    def full_at_the_end(folder):
+        if folder.name == "4":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            raise OSError(28, "No space left on device")
+        real(folder)
+
+    monkeypatch.setattr(sealed, "write_manifest", full_at_the_end)
+    monkeypatch.setattr(loop, "Watchdog", Dog)
+    monkeypatch.setattr(loop.Checkpoints, "save", noted)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("nobody answered SIGTERM"))
+    try:
+        with pytest.raises(OSError, match=r"not finished: its last step, 4, .* last good checkpoint is step 2"):
+            loop.train(small(), tmp_path / "full")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "SIGTERM: finishing" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "full" / "summary.json").read_text())
+    assert summary["step"] == summary["last_checkpoint"] == 2
+    for step in (2, 4):  # a hang behind a save is a hang
+        at = happened.index(f"save {step}")
+        assert happened[at - 1] == "rest" and happened[at + 1] == "alive"
+    assert happened[-1] == "rest", "waiting for the last save is none"
+
+
+def test_a_non_finite_stop_names_the_save_under_way(tmp_path, monkeypatch):
+    real = sealed.write_manifest
+    monkeypatch.setattr(sealed, "write_manifest", lambda folder: (time.sleep(0.2), real(folder)))
+    report = Report(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, {"x": np.zeros(3)})
+        with pytest.raises(FloatingPointError, match="last good checkpoint is step 2 in"):
+            loop.skip_or_stop(small(), 3, dict(loss=np.nan, grad_norm=1.0), ["a.mp4"], checkpoints, report)
+
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_non_finite_loss(tmp_path, monkeypatch, capsys, policy):
@@ -176,7 +241,11 @@ def test_somebodys_own_folder_with_bad_files_in_it(tmp_path, capsys):
     assert "2 classes: jump, run" in said and "run/truncated.mp4" in said and "jump/short.mp4" in said
     summary = json.loads((tmp_path / "own" / "summary.json").read_text())
     assert list(summary["skipped_files"]) == ["run/truncated.mp4"]
-    assert summary["short_files"] == ["jump/short.mp4"]
+    assert summary["short_files"] == ["jump/short.mp4"] and summary["missing_files"] == []
+    # The same folder with another class in it is other data: labels would shift.
+    (folder / "run").rename(folder / "walk")
+    with pytest.raises(ValueError, match=r"trained on 2 classes and data.source has 2 now \(gone: run; new: walk\)"):
+        loop.train(config, tmp_path / "own")
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):

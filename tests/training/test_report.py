@@ -136,6 +136,9 @@ def test_the_summary_merges_and_stays_json(tmp_path):
     found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert found["config"] == {"seed": 1, "steps": 9} and found["step"] == 5
     assert found["loss"] == 0.5 and found["bad"] == ["nan", "inf"] and found["path"] == str(tmp_path)
+    reports.merge_json(tmp_path / "summary.json", {"config": {"a": 2}, "loss": 1}, whole=["config", "path"])
+    found = reports.read_json(tmp_path / "summary.json")
+    assert found["config"] == {"a": 2} and found["loss"] == 1 and found["path"] == str(tmp_path)
     (tmp_path / "summary.json").write_text("{torn")
     assert reports.merge_json(tmp_path / "summary.json", {"a": 1}) == {"a": 1}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["summary.json"]  # no temporary file is left
