@@ -34,7 +34,7 @@ from jaxalign.interop.dtypes import is_floating
 from jaxalign.metrics import networks
 from jaxalign.models import cogvideox_folder, lora
 from jaxalign.training import config as config_lib
-from jaxalign.training import init_from, restore, setup, trained
+from jaxalign.training import init_from, restore, setup, subspaces, trained
 from jaxalign.training.data_settings import classes_of
 
 DTYPES = {"keep": "keep", "fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -74,7 +74,7 @@ def student_to_torch(path: str | Path, out: str | Path, *, weights: str = "ema",
 
     `path` is a workdir (its newest whole checkpoint) or the folder of one checkpoint; `weights` is 'ema', the averaged
     student, or 'raw', the last one. Heads of an alignment are no part of the student; adapters are merged into their
-    base. Raises FileNotFoundError without a whole checkpoint.
+    base. Raises FileNotFoundError without a whole checkpoint, ValueError for a run of another task than denoising.
     """
     saved = _open_saved(path, weights)
     target = _free_file(Path(out) / f"{saved.config.model.name}.safetensors")
@@ -144,6 +144,11 @@ def _open_saved(path: str | Path, weights: str) -> _Saved:
         raise ValueError(f"--weights {weights}: for a run write ema (the averaged student) or raw (the last one)")
     workdir = next((p for p in (Path(path), *Path(path).absolute().parents[:2]) if (p / "config.json").is_file()), path)
     config = trained.read_config(workdir)
+    if subspaces.is_subspace(config):
+        raise ValueError(
+            f"{path} is a run of task {subspaces.TASK}, which has no student: what it trained lies in "
+            f"{Path(workdir) / 'motion_head'}, for --config.teacher.motion_head"
+        )
     folder = restore.find_checkpoint(path)
     source = "ema" if weights == "ema" else "trainable.model"
     config.align.update(method="none", weight=0.0)  # no teacher is needed to write the student

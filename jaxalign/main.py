@@ -5,9 +5,9 @@ python -m jaxalign.main --config configs/tsa.py [--workdir DIR] [--config.key=va
 The scale stands after a colon: `--config configs/tsa.py:vdit_l`. The same command resumes. Exit status: 0 finished,
 2 a mistake in the input, 3 another process was lost, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.
 
-On several machines every process runs the same command. Slurm (srun), Open MPI and TPU slices are detected; anything
-else says --coordinator=HOST:PORT --num_processes=N --process_id=K, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-JAX_PROCESS_ID. The workdir must be one folder that all of them see.
+On several machines every process runs the same command. Slurm (srun), Open MPI and TPU slices on GKE are detected, TPU
+VMs elsewhere with --detect_cluster; anything else says --coordinator=HOST:PORT --num_processes=N --process_id=K, or
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. The workdir must be one folder that all of them see.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"{argv[1]!r}: not understood; options start with --, e.g. --config configs/tsa.py")
     if CONFIG.value is None:
         raise ValueError("--config is missing; write for example --config configs/tsa.py")
-    config = config_lib.resolve(CONFIG.value)
+    config = config_lib.resolve(CONFIG.value, without_source=PRINT_CONFIG.value)
     if PRINT_CONFIG.value:
         print(config)
         return 0

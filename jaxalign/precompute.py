@@ -6,13 +6,15 @@ python -m jaxalign.main --config configs/tsa.py:SCALE --config.data.source=FOLDE
     latents   moments of the codec's posterior, so that latents are drawn anew each time; of pixels: the videos
     text      embeddings of the captions, each different one once, of the empty prompt and of config.sample.prompts
     teachers  the tokens of every teacher that the config aligns with, and the motion saliency if M-TSA asks it
-    flow      targets of a flow network (--flow_network, --flow_weights; teachers/flow_target.py)
+    flow      targets of the flow network of config.motion.flow (or --flow_network, --flow_weights; raft_large where
+              neither names one; teachers/flow_target.py)
     video     the clips themselves: teachers that are not stored are then asked while training
 
 The folder holds one clip a window (its centre; --variants takes more, evenly spread) and, with data.hflip, its mirror
 image. The same command goes on where it was stopped; another --what adds to the folder. Several processes or machines
 deal out the shards by number: --num_processes=N --process_id=K on each, or --shard_range=A:B; Slurm, Open MPI and TPU
-slices are detected. Videos that cannot be read are skipped, counted and named.
+slices on GKE are detected, TPU VMs elsewhere with --detect_cluster. Videos that cannot be read are skipped, counted and
+named; where 16 in a row cannot, the disk is gone: the command stops and keeps nothing of them.
 """
 
 import contextlib
@@ -60,7 +62,8 @@ def precompute(
     """Make what is missing in the folder `out` of a resolved config; returns {'clips', 'bad', 'missing'}.
 
     bad: clips that could not be read; missing: shards that others have to make. Raises ValueError or OSError, one
-    line, for a folder of other clips or contents, settings without sense, weights that are not there, a full disk.
+    line, for a folder of other clips or contents, settings without sense, weights that are not there, a full disk,
+    videos that have all become unreadable.
     """
     options = options or Options()
     source = prompts.open_told(config)
@@ -159,9 +162,38 @@ def _make_shards(folder: Folder, makers, series, decode, listed, options: Option
     compiled = {m.name: jax.jit(stored(m, DTYPES[options.dtype])) for m in makers if m.compute is not None}
     tasks = (functools.partial(decode, folder.clips.flips, split, k) for *_, split, units in work for k in units)
     stream = _ahead(tasks, threads, threads + options.at_once * mesh.size)
+    failed: dict[int, UnreadableVideo] = {}  # different videos since the last that could be read
+    doubtful: list[Path] = []  # whole shards that lack some of these
     with contextlib.closing(stream), Progress("clips", clips) as progress:
+        watched = _watched(stream, failed, doubtful)
         for chosen, paths, split, units in work:
-            _make_shard(chosen, paths, split, units, stream, compiled, listed, options, mesh, progress, say)
+            _make_shard(chosen, paths, split, units, watched, compiled, listed, options, mesh, progress, say)
+            if failed:
+                doubtful += paths.values()
+
+
+def _watched(stream: Iterable, failed: dict[int, UnreadableVideo], doubtful: list[Path]) -> Iterator[Any]:
+    """The clips of a stream while their videos can be read.
+
+    Raises OSError where as many in a row cannot as make training give up: the disk is gone, not a clip. What was made
+    meanwhile and lacks them goes, or it would lack them for ever.
+    """
+    for item, *read in stream:
+        if not isinstance(read[0], UnreadableVideo):
+            failed.clear()
+            doubtful.clear()
+        else:
+            failed[item] = read[0]
+            if len(failed) >= pipeline.GIVE_UP_AFTER:
+                for path in doubtful:
+                    path.unlink(missing_ok=True)
+                    Path(f"{path}.json").unlink(missing_ok=True)
+                first = next(iter(failed.values()))
+                raise OSError(
+                    f"{len(failed)} videos in a row cannot be read, the first is {first}; is their disk there? Once "
+                    f"mended, {precomputed.AGAIN}: it goes on"
+                )
+        yield item, *read
 
 
 def _make_shard(chosen, paths, split, units, stream, compiled, listed, options, mesh, progress, say) -> None:
@@ -299,9 +331,38 @@ def share(values: flags.FlagValues) -> tuple[int, int]:
         if values.process_id is None:
             raise ValueError(f"--num_processes={values.num_processes} needs --process_id")
         return values.process_id, values.num_processes
-    if processes.join(values.coordinator, values.num_processes, values.process_id):
+    found = values.coordinator, values.num_processes, values.process_id
+    if processes.join(*found, detect=values.detect_cluster):
         return jax.process_index(), jax.process_count()
     return 0, 1
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """The command line's flags."""
+    where = {"flag_values": values}
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, with a scale after a colon.", lock_config=True, **where
+    )
+    flags.DEFINE_string("out", None, "The folder.", **where)
+    flags.DEFINE_list("what", list(Options.what), f"Some of {', '.join(WHAT)}.", **where)
+    flags.DEFINE_integer("variants", 1, "Clips a window, evenly spread over it.", **where)
+    flags.DEFINE_integer("clips", 0, "Only so many windows, evenly spread over all; 0: all.", **where)
+    flags.DEFINE_integer("held_out", Options.held_out, "Held-out clips.", **where)
+    flags.DEFINE_string("dtype", "keep", "Of what is floating: keep (as it is computed), bf16, fp16 or fp32.", **where)
+    flags.DEFINE_float("shard_mb", Options.shard_mb, "Size of a file, at most, unless one clip is larger.", **where)
+    flags.DEFINE_integer("at_once", 1, "Clips on each device at a time.", **where)
+    flags.DEFINE_integer("threads", 0, "That decode; 0: as many as cores.", **where)
+    flags.DEFINE_string("shard_range", None, "A:B, only the shards of these numbers.", **where)
+    flags.DEFINE_string(
+        "flow_network", "", "Of --what=flow: a RAFT or SEA-RAFT; default: config.motion.flow's.", **where
+    )
+    flags.DEFINE_string("flow_weights", "", "Its file, or a folder that jaxalign.convert made.", **where)
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0; only where processes have to know of each other.", **where
+    )
+    flags.DEFINE_integer("num_processes", None, "How many processes share the work.", **where)
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.", **where)
+    flags.DEFINE_bool("detect_cluster", False, "Ask JAX who the other processes are (TPU VMs outside of GKE).", **where)
 
 
 def main(argv: list[str]) -> int:
@@ -328,20 +389,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, with a scale after a colon.", lock_config=True)
-    flags.DEFINE_string("out", None, "The folder.")
-    flags.DEFINE_list("what", list(Options.what), f"Some of {', '.join(WHAT)}.")
-    flags.DEFINE_integer("variants", 1, "Clips a window, evenly spread over it.")
-    flags.DEFINE_integer("clips", 0, "Only so many windows, evenly spread over all; 0: all.")
-    flags.DEFINE_integer("held_out", Options.held_out, "Held-out clips.")
-    flags.DEFINE_string("dtype", "keep", "Of what is floating: keep (as it is computed), bf16, fp16 or fp32.")
-    flags.DEFINE_float("shard_mb", Options.shard_mb, "Size of a file, at most, unless one clip is larger.")
-    flags.DEFINE_integer("at_once", 1, "Clips on each device at a time.")
-    flags.DEFINE_integer("threads", 0, "That decode; 0: as many as cores.")
-    flags.DEFINE_string("shard_range", None, "A:B, only the shards of these numbers.")
-    flags.DEFINE_string("flow_network", Options.flow_network, "Of --what=flow: a RAFT or SEA-RAFT.")
-    flags.DEFINE_string("flow_weights", "", "Its file, or a folder that jaxalign.convert made.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; only where processes have to know of each other.")
-    flags.DEFINE_integer("num_processes", None, "How many processes share the work.")
-    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+    define_flags()
     config_lib.run_verb(main)

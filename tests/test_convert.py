@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
+from configs import base, moalign_subspace
 from jaxalign import convert, teachers
 from jaxalign.interop import converted, manifests, mapping, safetensors_file, weights
 from jaxalign.interop.rules import BATCH_NORM_COUNTS, Tied
@@ -242,6 +242,11 @@ def test_student_of_one_checkpoint_raw_and_bf16(run, tmp_path):
         convert.student_to_torch(workdir, tmp_path, weights="w.pth")
     with pytest.raises(FileNotFoundError, match="is no workdir"):
         convert.student_to_torch(tmp_path, tmp_path / "x")
+    config = moalign_subspace.get_config().to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for verb in (convert.student_to_torch, convert.student_to_lora, convert.student_to_diffusers):
+        with pytest.raises(ValueError, match=r"task motion_subspace, which has no student: .*/motion_head, for"):
+            verb(tmp_path, tmp_path / "x")
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Videos:
         self.calls += 1
         if self.calls == self.fail.get("at"):
             raise KeyboardInterrupt
-        if item == self.fail.get("item"):
+        if item in self.fail.get("items", ()):
             raise UnreadableVideo(f"{item}.mp4", "truncated")
         video = self.frames[item][start:stop]
         return video[::step], thumbnails(video)
@@ -204,7 +204,7 @@ def test_damage_and_bad_videos(made, videos, tmp_path, monkeypatch):
     make(folder)  # makes the short one anew
     assert precomputed.is_whole(shards[0])
 
-    videos(item=2)
+    videos(items=[2])
     assert make(tmp_path / "bad")["bad"] == 1
     stored = prompts.open_told(config_of(data=dict(source=str(tmp_path / "bad"))))
     assert stored.skipped == (("2.mp4", "truncated"),)
@@ -218,6 +218,21 @@ def test_damage_and_bad_videos(made, videos, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot be written \(the disk is full\); once mended, run the same") as caught:
         make(tmp_path / "full")
     assert not [name for name in files(tmp_path / "full") if "array_record" in name]
+
+
+def test_a_lost_disk_is_no_bad_clip(made, videos, tmp_path, monkeypatch):
+    """Neither in the shard at which precompute gives up nor in the one before, where the outage began."""
+    monkeypatch.setattr(pipeline, "GIVE_UP_AFTER", 2)
+    videos(items=[1, 2, 3])
+    with pytest.raises(OSError, match=r"2 videos in a row cannot be read, the first is 1.mp4.* it goes on") as caught:
+        make(tmp_path / "lost")
+    assert "\n" not in str(caught.value)
+    assert not [name for name in files(tmp_path / "lost") if "array_record" in name]
+    videos()
+    make(tmp_path / "lost")
+    assert files(tmp_path / "lost") == files(made[1])
+    videos(items=[0, 2])  # two, but not in a row
+    assert make(tmp_path / "some")["bad"] == 2
 
 
 # ---- everything at once, against computing it in the step
@@ -364,6 +379,15 @@ def test_gradients_and_a_whole_run_from_the_folder(both, tmp_path, capsys):
     assert "precomputed from synthetic: one clip a window; latents" in capsys.readouterr().out
     (row,) = evaluate.loss([tmp_path / "run"], clips=2, times=3)
     assert np.isfinite(row["denoising"]) and np.isfinite(row["m_tsa"])
+
+
+def test_a_run_from_the_folder_is_sampled_with_its_captions(both):
+    config, folder = both
+    unsaid = {"sample": {"prompts": ()}}
+    online = ml_collections.ConfigDict(config.to_dict())
+    online.update(unsaid)
+    found = prompts.of_run(from_folder(config, folder, **unsaid))
+    assert found == prompts.of_run(online) and len(found) == 2
 
 
 def test_what_is_missing_or_other_is_named(both, tmp_path):

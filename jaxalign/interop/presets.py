@@ -76,7 +76,7 @@ def load(
     if not isinstance(weights, Mapping):
         weights = find_file(presets, name, weights)
         if converted.is_converted(weights):
-            module = abstract(presets, name, **(converted.note(weights)["settings"] | settings))
+            module = abstract(presets, name, weights, **settings)
             return converted.read(weights, module, name=name, dtype=dtype, sharding=sharding)
     return load_upstream(presets, name, module, weights, dtype=dtype, sharding=sharding).module
 
@@ -110,13 +110,18 @@ def load_upstream(
     return Loaded(loaded, layout, left_out, mapping.kept_arrays(module, arrays, rules))
 
 
-def abstract(presets: Presets, name: str, **settings: Any) -> nnx.Module:
-    """The network with shapes for leaves, without memory. Raises as `load`."""
+def abstract(presets: Presets, name: str, weights: str | Path | None = None, **settings: Any) -> nnx.Module:
+    """The network with shapes for leaves, without memory. Raises as `load`.
+
+    Of `weights` nothing is read but the settings that a converted folder notes; others need not be there.
+    """
     if name not in presets.entries:
         near = difflib.get_close_matches(name, presets.entries, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(presets.entries)}"
         raise ValueError(f"{presets.kind} {name!r} is not known; {hint}")
     entry = presets.entries[name]
+    if weights and converted.is_converted(weights):
+        settings = converted.note(weights)["settings"] | settings
     if unknown := [setting for setting in settings if setting not in entry.known_settings]:
         has = ", ".join(entry.known_settings) or "none"
         raise ValueError(f"{presets.kind} {name}: no setting {unknown[0]!r}; it has {has}")

@@ -50,20 +50,28 @@ def _view(data: np.ndarray, name: str, entry: dict, path: Path) -> Callable[[], 
     return lambda: data[start:stop].view(dtype).reshape(shape)
 
 
+def listed(path: str | Path) -> dict[str, str]:
+    """{tensor: name of the shard beside it} of a `*.safetensors.index.json`. Raises ValueError for no such index."""
+    path = Path(path)
+    try:
+        table = json.loads(path.read_text())["weight_map"]
+        shards = sorted(set(table.values()))
+        outside = [shard for shard in shards if Path(shard).name != shard]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a safetensors index (a JSON file with a 'weight_map')") from error
+    if outside:
+        raise ValueError(f"{path}: shard {outside[0]!r} does not lie beside the index")
+    return table
+
+
 def open_index(path: str | Path) -> LazyArrays:
     """Mapping name -> read-only view over all shards that a `*.safetensors.index.json` lists.
 
     Raises ValueError (not such an index, a shard that lacks a tensor), FileNotFoundError (a shard that is not
     there).
     """
-    path = Path(path)
-    try:
-        table = json.loads(path.read_text())["weight_map"]
-        shards = sorted(set(table.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a safetensors index (a JSON file with a 'weight_map')") from error
-    if outside := [shard for shard in shards if Path(shard).name != shard]:
-        raise ValueError(f"{path}: shard {outside[0]!r} does not lie beside the index")
+    path, table = Path(path), listed(path)
+    shards = sorted(set(table.values()))
     if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
         raise FileNotFoundError(
             f"{path}: {len(missing)} of {len(shards)} shards are not there: {', '.join(missing[:3])}; "

@@ -20,7 +20,6 @@ from jaxalign.alignment.grids import Grid
 from jaxalign.alignment.methods import AlignmentSettings, Cutoff, weight_schedule
 from jaxalign.alignment.projector import ProjectorConfig, check_grids
 from jaxalign.alignment.saliency import motion_saliency
-from jaxalign.interop import converted
 from jaxalign.tasks.aligning import Alignment, tokens_part
 from jaxalign.teachers import motion_head
 
@@ -84,14 +83,21 @@ def build(
     return tuple(alignments), {key: teacher for key, teacher in loaded.values() if tokens_part(key) not in given}
 
 
-def asked_teachers(config: ml_collections.ConfigDict, student_grid: Grid) -> dict[str, tuple[str, str, Any]]:
-    """{key: (name, weights as they are given, the teacher with shapes for leaves)} of a resolved config's teachers."""
+def asked_teachers(
+    config: ml_collections.ConfigDict, student_grid: Grid
+) -> dict[str, tuple[str, str, str | None, Any]]:
+    """{key: (name, weights and motion head as they are given, the teacher with shapes for leaves)} of a resolved
+    config's teachers."""
     clip = config.data.num_frames, config.data.height, config.data.width
     loaded: dict[str, tuple[str, Any]] = {}
     for section in sections(config).values():
         if section["method"] != "layersync":
             _load_teachers(section, student_grid, clip, loaded, abstract=True, given=())
-    return {key: (*json.loads(identity)[:2], teacher) for identity, (key, teacher) in loaded.items()}
+    found = {}
+    for identity, (key, teacher) in loaded.items():
+        name, weights, _, head = json.loads(identity)
+        found[key] = name, weights, head, teacher
+    return found
 
 
 def _overlay(base: Section, changes: Mapping, where: str) -> Section:
@@ -189,7 +195,7 @@ def _load_teachers(
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.items() if v is not None}
         name, weights, head = settings.pop("name"), settings.pop("weights"), settings.pop("motion_head", None)
         if section["grid"] == "student":
-            settings["size"] = _meeting_size(name, settings, section, student_grid, clip)
+            settings["size"] = _meeting_size(name, weights, settings, section, student_grid, clip)
         # Tokens behind a motion head are other tokens: they have another name in a batch.
         label = name if head is None else f"{name}_motion"
         identity = json.dumps([name, weights, settings, head], sort_keys=True)
@@ -197,8 +203,7 @@ def _load_teachers(
             keys = [key for key, _ in loaded.values()]
             key = label if label not in keys else f"{label}_{1 + sum(k.startswith(label) for k in keys)}"
             if abstract or tokens_part(key) in given:
-                noted = converted.note(weights)["settings"] if weights and converted.is_converted(weights) else {}
-                loaded[identity] = key, teachers.abstract(name, **(noted | settings))
+                loaded[identity] = key, teachers.abstract(name, weights, **settings)
             else:
                 try:
                     loaded[identity] = key, teachers.load(name, weights or None, **settings)
@@ -226,15 +231,18 @@ def _behind_motion_head(teacher, name: str, folder: str, abstract: bool) -> moti
     return motion_head.MotionTeacher(teacher, motion_head.fresh(teacher.width))
 
 
-def _meeting_size(name: str, settings: dict, section: Section, student_grid: Grid, clip: Grid) -> tuple[int, int]:
+def _meeting_size(
+    name: str, weights: str, settings: dict, section: Section, student_grid: Grid, clip: Grid
+) -> tuple[int, int]:
     """The frame size (h, w) at which a teacher's tokens fall on the grid that the head makes: full resolution."""
     if "size" in settings:
         raise ValueError(
-            "config.align.grid = 'student' chooses the size at which the teacher sees the frames: leave teacher.size "
-            "out, or write --config.align.grid=teacher"
+            "config.align.grid = 'student' chooses the size at which the teacher sees the frames: write "
+            "--config.teacher.size=None (and --config.align.projector.conv=same where a strided one leaves fewer "
+            "tokens), or --config.align.grid=teacher"
         )
     _, h, w = ProjectorConfig(student_width=1, teacher_width=1, **section["projector"]).grid(student_grid)
-    teacher = teachers.abstract(name, **settings)
+    teacher = teachers.abstract(name, weights, **settings)
     size = teacher.config.size
     rows = size if isinstance(size, int) else size[0]
     pixels = rows // teacher.grid(clip)[1]  # a side of the square that one token covers

@@ -18,13 +18,17 @@ from jaxalign import teachers
 from jaxalign.data import precomputed, precomputed_source
 from jaxalign.data.clips import Source, fingerprint
 from jaxalign.data.precomputed import Clips, Folder, Series, differences
+from jaxalign.interop import safetensors_file
 from jaxalign.tasks.aligning import saliency_part, tokens_part
+from jaxalign.teachers import motion_head
 from jaxalign.training import alignments, setup
 
 Fields = dict[str, Any]
 
 # Bounds of memory and ways to compute the same thing.
 _INDIFFERENT = ("frames_at_once", "pairs_at_once", "attention", "remat")
+# Of a file's classifier, which makes no token: written, since a series' name is of all that is, but not compared.
+_UNCOMPARED = ("teacher.num_classes",)
 VIDEOS = "videos"  # digest of their names, lengths, labels and captions
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 
@@ -58,21 +62,28 @@ def of_prompts(config: ml_collections.ConfigDict) -> Fields:
     }
 
 
-def of_teacher(name: str, weights: str, module: Any, precision: str, section: str = "teacher") -> Fields:
-    """A teacher, all that it is set to, how it computes, and its weights."""
+def of_teacher(
+    name: str, weights: str, module: Any, precision: str, section: str = "teacher", head: str | None = None
+) -> Fields:
+    """A teacher, all that it is set to, how it computes, its weights, and those of the motion head behind it."""
     try:
         identity = weights_identity(weights or teachers.find_file(name, None))
     except FileNotFoundError:  # it was given no weights, and no package has them
         identity = None
     settings = {k: v for k, v in dataclasses.asdict(module.config).items() if k not in _INDIFFERENT}
     fields = {f"{section}.name": name, "precision": precision, f"{section}.weights": identity}
+    if head is not None:  # unwritten where there is none, as in folders of before; never None, which means none
+        fields[f"{section}.motion_head"] = (head and weights_identity(Path(head) / motion_head.WEIGHTS)) or ""
     return json.loads(json.dumps(fields | {f"{section}.{k}": v for k, v in settings.items()}))
 
 
 def of_teachers(config: ml_collections.ConfigDict, run: setup.Run) -> dict[str, Fields]:
     """{key: fields} of the teachers that a run asks."""
     asked = alignments.asked_teachers(config, run.student_grid)
-    return {key: of_teacher(name, weights, module, config.precision) for key, (name, weights, module) in asked.items()}
+    return {
+        key: of_teacher(name, weights, module, config.precision, head=head)
+        for key, (name, weights, head, module) in asked.items()
+    }
 
 
 def series_of_teacher(fields: Fields) -> str:
@@ -91,7 +102,8 @@ def series_of_saliency(grid: tuple[int, int, int]) -> str:
 
 
 def weights_identity(path: str | Path | None, part: str = "") -> str | None:
-    """'N bytes, DIGEST' of a weights file, or of all files in a folder (in its `part`, if it has that); None for none.
+    """'N bytes, DIGEST' of a weights file (of an index: with the shards that it lists), or of all files in a folder
+    (in its `part`, if it has that); None for none.
 
     The digest is over the sizes and 64 evenly spread MiB of each file: it tells networks apart in a moment, be they as
     large as T5-XXL. Damage is the loaders' business.
@@ -101,7 +113,11 @@ def weights_identity(path: str | Path | None, part: str = "") -> str | None:
     path = Path(path)
     if (path / part).is_dir():
         path = path / part
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
+    if path.is_file():
+        shards = sorted(set(safetensors_file.listed(path).values())) if path.suffix == ".json" else ()
+        files = [path, *(path.parent / shard for shard in shards if (path.parent / shard).is_file())]
+    else:
+        files = sorted(f for f in path.rglob("*") if f.is_file() and f.name[0] != ".")
     stamps = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     return f"{sum(size for _, size, _ in stamps):,} bytes, {_digest(stamps)}"
 
@@ -139,7 +155,7 @@ def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
     if not hasattr(run.frozen["codec"], "moments"):
         needs_video = True  # the latents are the pixels
     elif latents := folder.series.get("latents"):
-        _refuse(folder, latents.fields, of_latents(config), "latents")
+        refuse(folder, latents.fields, of_latents(config), "latents")
         parts["moments"] = latents
     else:
         needs_video = True
@@ -147,7 +163,7 @@ def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
         raise _missing(folder, "no latents", "latents")
 
     for key, fields in of_teachers(config, run).items():
-        found, differ = _teacher(folder, fields)
+        found, differ = _teacher(folder, fields, run.frozen["teachers"][key].width)
         if found is not None:
             parts[tokens_part(key)] = found
             if fields["teacher.weights"] is None:
@@ -174,7 +190,7 @@ def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
         prompts = folder.series.get("prompts")
         if prompts is None:
             raise _missing(folder, "no prompts", "text")
-        _refuse(folder, prompts.fields, of_prompts(config), "prompts")
+        refuse(folder, prompts.fields, of_prompts(config), "prompts")
         if config.data.captions:
             notes.append(f"data.captions = {config.data.captions} is not read: prompts come from the folder")
     source = precomputed_source.taken(folder, parts, prompts, notes)
@@ -191,7 +207,7 @@ def bind(config: ml_collections.ConfigDict, path: str | Path) -> Source:
 
 def refuse_clips(folder: Folder, config: ml_collections.ConfigDict) -> None:
     """Raises ValueError, one line, for a folder of other clips than a config asks."""
-    _refuse(folder, _asked_of(folder.clips, config), of_clips(config), "clips")
+    refuse(folder, _asked_of(folder.clips, config), of_clips(config), "clips")
 
 
 def _asked_of(clips: Clips, config) -> Fields:
@@ -200,16 +216,23 @@ def _asked_of(clips: Clips, config) -> Fields:
     return asked | {"data.hflip": asked["data.hflip"] and config.data.hflip}
 
 
-def _teacher(folder: Folder, fields: Fields) -> tuple[Series | None, str]:
-    """The series of a teacher's tokens, or how the nearest one of that name differs ('' if there is none)."""
+def _teacher(folder: Folder, fields: Fields, width: int) -> tuple[Series | None, str]:
+    """The series of a teacher's tokens, so many channels wide, or how the nearest one of that name differs ('' if
+    there is none)."""
     nearest = ""
     for series in folder.series.values():
         if series.fields.get("teacher.name") == fields["teacher.name"]:
-            differ = differences(series.fields, _known(series.fields, fields))
+            # Channels too: a folder of before motion heads were written down does not say whether its tokens are of one
+            there, here = series.fields | {"channels": series.shape[-1]}, _known(series.fields, fields)
+            differ = differences(_compared(there), _compared(here | {"channels": width}))
             if not differ:
                 return series, ""
             nearest = min(nearest or differ, differ, key=len)
     return None, nearest
+
+
+def _compared(fields: Mapping) -> Fields:
+    return {name: value for name, value in fields.items() if name not in _UNCOMPARED}
 
 
 def _known(there: Mapping, here: Mapping) -> Fields:
@@ -217,7 +240,8 @@ def _known(there: Mapping, here: Mapping) -> Fields:
     return {k: there.get(k) if k.endswith(".weights") and v is None else v for k, v in here.items()}
 
 
-def _refuse(folder: Folder, there: Mapping, here: Mapping, what: str) -> None:
+def refuse(folder: Folder, there: Mapping, here: Mapping, what: str) -> None:
+    """Raises ValueError, one line, for contents (`what`) of other fields than a config asks, naming what differs."""
     if differ := differences(there, _known(there, here)):
         raise ValueError(
             f"data.source={str(folder.path)!r}: its {what} were made with other settings ({differ}); change the "

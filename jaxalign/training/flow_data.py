@@ -5,6 +5,7 @@ import functools
 
 import ml_collections
 
+from jaxalign import teachers
 from jaxalign.data import host_flow, precomputed, precomputed_source
 from jaxalign.data.clips import Source
 from jaxalign.data.sources import open_source
@@ -38,18 +39,25 @@ def open_with_flow(config: ml_collections.ConfigDict) -> Source:
 
 
 def _stored(config, path: str) -> Source:
-    """Clips and flow targets of a precomputed folder, made by the flow network and for the clips that config names."""
+    """Clips and flow targets of a precomputed folder, made by the flow network and for the clips that config names.
+
+    Raises ValueError, one line, for a network, settings or clips of another kind: what differs, with both values.
+    """
     folder = precomputed.open_folder(path)
     contents.refuse_clips(folder, config)
     video, target = folder.series.get("video"), folder.series.get(STORED)
     if video is None or target is None:
         raise ValueError(f"data.source={path!r} lacks {'videos' if video is None else 'flow'}: add --what=video,flow")
+    name, weights, settings = subspaces.asked_flow(config)
     made = target.fields["flow.name"]
-    if made != config.motion.flow.name:
+    if made != name:
         raise ValueError(
             f"data.source={path!r} holds flow of {made}: write --config.motion.flow.name={made}, or give the videos "
             "themselves"
         )
+    network = teachers.abstract(name, weights, **settings)
+    asked = contents.of_teacher(name, weights, network, config.precision, "flow")
+    contents.refuse(folder, target.fields, asked, "flow targets")
     frames = subspaces.token_frames(config)
     if target.shape[0] != frames:
         raise ValueError(

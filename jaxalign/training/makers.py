@@ -20,11 +20,12 @@ from jaxalign.data.precomputed import Folder, Series
 from jaxalign.tasks import aligning
 from jaxalign.tasks.denoising import pixels
 from jaxalign.tasks.motion_subspace import TARGET_PART
-from jaxalign.teachers import raft, sea_raft
 from jaxalign.teachers.flow_target import flow_target
-from jaxalign.training import contents, environment, setup
+from jaxalign.training import contents, environment, setup, subspaces
+from jaxalign.training.subspaces import FLOW_NETWORKS
 
 WHAT = ("latents", "text", "teachers", "flow", "video")
+FLOW_NETWORK = "raft_large"  # where neither the options nor the config name one
 DTYPES = {"keep": None, "bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
 
@@ -42,7 +43,7 @@ class Options:
     threads: int = 0  # that decode; 0: as many as cores
     share: tuple[int, int] = (0, 1)  # (k, n): process k of n, which makes the shards k, k + n, …
     shard_range: tuple[int, int] | None = None  # in its place: shards of these numbers
-    flow_network: str = "raft_large"
+    flow_network: str = ""  # empty: config.motion.flow's, else FLOW_NETWORK
     flow_weights: str = ""
 
     def __post_init__(self):
@@ -89,19 +90,30 @@ def networks(
     plain = ml_collections.ConfigDict(config.to_dict())
     if plain.get("lora"):
         plain.lora.rank = 0
-    unasked = []
+    flow = asked_flow(config, options) if "flow" in options.what else None
+    unasked = [TARGET_PART]  # its network is `flow`
     if "teachers" not in options.what:
         abstract = setup.build(plain, num_classes=len(source.classes), abstract=True)
-        unasked = [TARGET_PART, *(aligning.tokens_part(key) for key in abstract.frozen["teachers"])]
+        unasked += [aligning.tokens_part(key) for key in abstract.frozen["teachers"]]
     run = setup.build(plain, num_classes=len(source.classes), mesh=mesh, with_text=text, given=unasked)
     frozen = {name: tree for name, tree in run.frozen.items() if name != "null_prompt"}
-    if "flow" in options.what:
-        name = options.flow_network
-        if name not in teachers.TEACHERS or teachers.TEACHERS[name].module not in (raft.RAFT, sea_raft.SEARAFT):
-            raise ValueError(f"--flow_network={name}: write one of {', '.join([*raft.PRESETS, *sea_raft.PRESETS])}")
-        network = teachers.load(name, options.flow_weights or None)
+    if flow is not None:
+        name, weights, settings = flow
+        network = teachers.load(name, weights or None, **settings)
         frozen["flow"] = aligning.cast(network, setup.DTYPES[config.precision])
     return dataclasses.replace(run, frozen=setup.place_frozen(frozen, mesh))
+
+
+def asked_flow(config: ml_collections.ConfigDict, options: Options) -> tuple[str, str, dict[str, Any]]:
+    """(name, weights, settings) of the flow network: the options', else config.motion.flow's, whose settings hold.
+
+    Raises ValueError for a network that gives no flow.
+    """
+    named, weights, settings = subspaces.asked_flow(config)
+    name = options.flow_network or (named if named in FLOW_NETWORKS else FLOW_NETWORK)
+    if name not in FLOW_NETWORKS:
+        raise ValueError(f"--flow_network={name}: write one of {', '.join(FLOW_NETWORKS)}")
+    return name, options.flow_weights or (weights if name == named else ""), settings
 
 
 def makers(config: ml_collections.ConfigDict, run: setup.Run, options: Options, folder: Folder) -> list[Maker]:
@@ -119,8 +131,8 @@ def makers(config: ml_collections.ConfigDict, run: setup.Run, options: Options, 
             look = functools.partial(_saliency, grid=grid)
             found.append(Maker(contents.series_of_saliency(grid), {"grid": list(grid)}, None, look))
     if "flow" in options.what:
-        name = options.flow_network
-        fields = contents.of_teacher(name, options.flow_weights, run.frozen["flow"], config.precision, "flow")
+        name, weights, _ = asked_flow(config, options)
+        fields = contents.of_teacher(name, weights, run.frozen["flow"], config.precision, "flow")
         look = functools.partial(_flow, token_frames=getattr(run.task, "token_frames", config.data.num_frames // 2))
         found.append(Maker("flow_target", fields, run.frozen["flow"], look))
     if video:

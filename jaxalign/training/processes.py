@@ -35,7 +35,10 @@ _SERVICE = re.compile(r"connection|socket|heartbeat|unavailable|deadline|unhealt
 
 
 def cluster(environment: Mapping[str, str] = os.environ) -> str | None:
-    """The launcher that started this as one of several processes, or None; told by its environment variables."""
+    """The launcher that started this as one of several processes, or None; told by its environment variables.
+
+    'TPU' is a slice on GKE: Cloud TPU VMs have no such variables, and `join` is told to `detect` them.
+    """
 
     def several(name: str) -> bool:
         value = environment.get(name, "")
@@ -63,8 +66,8 @@ def join(
     """Join the other processes if there are any, before anything else touches JAX; whether there are.
 
     Told by arguments (coordinator is HOST:PORT of process 0) or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID, else found out from Slurm, Open MPI or a TPU slice; `detect` asks JAX's own detection, which a TPU
-    VM outside of GKE needs. A process that is not heard of for `timeout` seconds counts as lost, and all stop.
+    JAX_PROCESS_ID, else found out from Slurm, Open MPI or a TPU slice on GKE; `detect` asks JAX's own detection, which
+    a TPU VM outside of GKE needs. A process that is not heard of for `timeout` seconds counts as lost, and all stop.
     Raises ValueError when one of the three is missing.
     """
     told = {

@@ -49,12 +49,20 @@ def open_told(config: ml_collections.ConfigDict) -> Source:
 
 
 def of_run(config: ml_collections.ConfigDict, most: int = 8) -> list[str]:
-    """What a run is sampled with when nobody says: config.sample.prompts, else captions of its held-out videos."""
+    """What a run is sampled with when nobody says: config.sample.prompts, else captions of its held-out videos.
+
+    Raises as `open_told`.
+    """
     if config.sample.prompts:
         return list(config.sample.prompts)
     d = config.data
     source = open_source(d.source, **source_settings(config))
-    source = captions.captioned(source, d.source, d.captions, d.video_column, d.caption_column)
+    if source.recall is not None:
+        unaligned = ml_collections.ConfigDict(config.to_dict())
+        unaligned.align.method = "none"  # sampling asks no teacher
+        source = contents.bind(unaligned, source.name)
+    else:
+        source = captions.captioned(source, d.source, d.captions, d.video_column, d.caption_column)
     held_out = windows(source, "held_out", Clip(**clip_settings(config)))
     return list(dict.fromkeys(source.captions[window.item] for window in held_out))[:most]
 

@@ -50,31 +50,35 @@ def parts(
             f"config.motion.flow.name = {m.flow.name!r}: write one of {', '.join((*ON_HOST, *FLOW_NETWORKS))}"
         )
     name, weights, settings = _asked(config)
-    teacher = teachers.abstract(name, **settings)
+    teacher = teachers.abstract(name, weights, **settings)
     if name in FLOW_NETWORKS:
         raise ValueError(f"config.teacher.name = {name!r} gives flow, not tokens; name a teacher of tokens")
     grid = teacher.grid(clip)
     flow_grid = target_grid(clip[1:])
     _check_frames(clip[0], grid[0])
     frozen: dict[str, Any] = {"teachers": {}}
-    load = _abstract if abstract else teachers.load
+    load = teachers.abstract if abstract else teachers.load
     if tokens_part(name) not in given:
         frozen["teachers"][name] = load(name, weights or None, **settings)
     if m.flow.name in FLOW_NETWORKS and TARGET_PART not in given:
-        own = {k: v for k, v in m.flow.items() if k not in ("name", "weights") and v is not None}
-        frozen["flow"] = load(m.flow.name, m.flow.weights or None, **_tuples(own))
+        flow, flow_weights, own = asked_flow(config)
+        frozen["flow"] = load(flow, flow_weights or None, **own)
     sizes = {name: m[name] for name in ("hidden", "width", "kernel", "norm", "decoder", "unit") if name in m}
     return MotionSubspaceTask(name, grid[0], m.smooth), MotionConfig(teacher.width, grid, flow_grid, **sizes), frozen
 
 
 def token_frames(config: ml_collections.ConfigDict) -> int:
     """How many token frames config.teacher makes of a clip."""
-    name, _, settings = _asked(config)
-    return teachers.abstract(name, **settings).grid((config.data.num_frames, config.data.height, config.data.width))[0]
+    name, weights, settings = _asked(config)
+    clip = config.data.num_frames, config.data.height, config.data.width
+    return teachers.abstract(name, weights, **settings).grid(clip)[0]
 
 
-def _abstract(name: str, weights, **settings):
-    return teachers.abstract(name, **settings)
+def asked_flow(config: ml_collections.ConfigDict) -> tuple[str, str, dict[str, Any]]:
+    """(name, weights, settings that are given) of config.motion.flow."""
+    section = config.motion.flow.to_dict()
+    name, weights = section.pop("name"), section.pop("weights")
+    return name, weights, _tuples({k: v for k, v in section.items() if v is not None})
 
 
 def _asked(config) -> tuple[str, str, dict[str, Any]]:
@@ -126,7 +130,8 @@ def save_head(config: ml_collections.ConfigDict, run: Any, model: MotionSubspace
     name, weights, settings = _asked(config)
     file = Path(weights).name if weights else ""
     about = dict(grid=list(run.student_grid), flow=config.motion.flow.name, data=config.data.source, steps=config.steps)
-    teacher = teachers.abstract(name, **settings)
+    # Tokens that were given leave no teacher loaded: its settings are known, its numbers are not.
+    teacher = run.frozen["teachers"].get(name) or teachers.abstract(name, weights, **settings)
     return motion_head.save(folder, model.projection, name=name, teacher=teacher, weights=file, **about)
 
 

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from jaxalign.tasks import aligning
 from jaxalign.tasks.motion_subspace import FLOW_PART, TARGET_PART, MotionSubspaceTask
 from jaxalign.teachers import motion_head, raft
 from jaxalign.training import config as config_lib
-from jaxalign.training import loop, setup
+from jaxalign.training import loop, makers, setup
 from jaxalign.training.data_settings import clip_settings
 from jaxalign.training.makers import Options
 from jaxalign.training.prompts import open_told
@@ -144,6 +145,7 @@ def test_a_run_leaves_its_head_figures_and_numbers(finished, capsys):
     assert note["teacher"]["name"] == "efficientnet_lite0" and note["teacher"]["width"] == 40
     assert note["grid"] == [3, 4, 4] and (note["hidden"], note["width"]) == (8, 6)
     assert (note["kernel"], note["norm"]) == (3, True)
+    assert len(note["teacher"]["sample"]) == 16  # numbers of the teacher, by which it is known again
     summary = json.loads((finished / "summary.json").read_text())
     assert {"flow", "flow_of_no_motion"} == summary["held_out"].keys()
     # Called again, a finished run writes the head that somebody removed.
@@ -253,7 +255,8 @@ def test_flow_of_a_network_is_computed_while_training_and_its_settings_are_its_o
 class OnePixelRight(nnx.Module):
     """A flow network that has its answer already."""
 
-    config = raft.RAFTConfig("small")
+    def __init__(self, **settings):
+        self.config = raft.RAFTConfig("small", **settings)
 
     def __call__(self, video):
         return jnp.broadcast_to(jnp.array([1.0, 0.0]), (video.shape[0], video.shape[1] - 1, *video.shape[2:4], 2))
@@ -262,10 +265,13 @@ class OnePixelRight(nnx.Module):
 def test_precomputed_flow_is_taken_and_that_of_another_network_refused(tmp_path, monkeypatch):
     load = teachers.load
     monkeypatch.setattr(
-        teachers, "load", lambda name, *a, **k: OnePixelRight() if "raft" in name else load(name, *a, **k)
+        teachers, "load", lambda name, *a, **k: OnePixelRight(**k) if "raft" in name else load(name, *a, **k)
     )
-    config = stage_1(motion=dict(flow=dict(name="raft_small")))
-    options = Options(what=("video", "flow"), flow_network="raft_small", clips=2, held_out=1)
+    for name in "ab":
+        (tmp_path / f"{name}.pth").write_text(name)
+    flow = dict(name="raft_small", size=(128, 136), iterations=3, weights=str(tmp_path / "a.pth"))
+    config = stage_1(motion=dict(flow=flow))
+    options = Options(what=("video", "flow"), clips=2, held_out=1)  # the network is the config's
     assert precompute.precompute(config, tmp_path / "made", options, say=lambda line: None)["clips"] > 0
     config.data.source = str(tmp_path / "made")
     source = open_told(config)
@@ -273,9 +279,26 @@ def test_precomputed_flow_is_taken_and_that_of_another_network_refused(tmp_path,
     np.testing.assert_allclose(batch[TARGET_PART][..., 0], 1 / 16, rtol=1e-2)
     assert batch["video"].shape[0] == 2 and batch[TARGET_PART].shape == (2, 3, 16, 16, 2)
     assert "flow" not in setup.build(config, abstract=True, given=source.given).frozen
-    config.motion.flow.name = "raft_large"
-    with pytest.raises(ValueError, match="holds flow of raft_small"):
-        open_told(config)
+    for changes, said in (
+        (dict(flow=dict(iterations=4)), r"flow targets .* \(flow.iterations: 3 there, 4 here\)"),
+        (dict(flow=dict(size=(128, 128))), r"flow.size: \[128, 136\] there, \[128, 128\] here"),
+        (dict(flow=dict(weights=str(tmp_path / "b.pth"))), "flow.weights: '1 bytes, .* there, '1 bytes, .* here"),
+        (dict(flow=dict(name="raft_large")), "holds flow of raft_small"),
+    ):
+        other = ml_collections.ConfigDict(config.to_dict())
+        other.motion.update(changes)
+        with pytest.raises(ValueError, match=said):
+            open_told(other)
+    config.motion.flow.update(weights="", pairs_at_once=1)  # not here, and indifferent
+    open_told(config)
+
+
+def test_the_flow_network_of_precompute_is_the_configs():
+    config = stage_1(motion=dict(flow=dict(name="sea_raft_s", iterations=2, weights="W")))
+    assert makers.asked_flow(config, Options()) == ("sea_raft_s", "W", {"iterations": 2})
+    assert makers.asked_flow(config, Options(flow_weights="V")) == ("sea_raft_s", "V", {"iterations": 2})
+    assert makers.asked_flow(config, Options(flow_network="raft_small")) == ("raft_small", "", {"iterations": 2})
+    assert makers.asked_flow(stage_1(), Options()) == ("raft_large", "", {})  # of a config whose flow is exact
 
 
 def test_dis_finds_a_shift():
@@ -291,7 +314,7 @@ def test_dis_finds_a_shift():
 def test_without_opencv_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     config = stage_1(motion=dict(flow=dict(name="dis")), data=dict(source="demo"))
-    with pytest.raises(ImportError, match=r"jaxalign\[flow\]"):
+    with pytest.raises(ImportError, match=r"pip install .*opencv-python-headless"):
         open_told(config)
 
 

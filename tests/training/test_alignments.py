@@ -124,7 +124,7 @@ def test_full_resolution_asks_the_teacher_for_more_pixels():
     run = build(align=dict(grid="student"), teacher=dict(size=None, stride=16))
     (a,) = run.task.alignments
     assert a.grid == (4, 8, 8) and run.frozen["teachers"]["efficientnet_lite0"].config.size == (128, 128)
-    with pytest.raises(ValueError, match=r"leave teacher.size out"):
+    with pytest.raises(ValueError, match=r"write --config.teacher.size=None \(and --config.align.projector.conv=same"):
         build(align=dict(grid="student"))
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 from configs import base, tsa
+from jaxalign import precompute
 from jaxalign.interop import sealed
 from jaxalign.training import config as config_lib
 from jaxalign.training import loop, processes
@@ -201,6 +203,17 @@ def test_half_told_is_explained():
         processes.join("host:1", 2, 2, environment={})
     with pytest.raises(ValueError, match="JAX_PROCESS_ID='one': write a number"):
         processes.join(environment={"JAX_PROCESS_ID": "one"})
+
+
+def test_a_cloud_tpu_vm_is_detected_on_demand_by_precompute_too(monkeypatch):
+    told = []
+    monkeypatch.setattr(processes, "join", lambda *found, **options: told.append(options))
+    for arguments in ([], ["--detect_cluster"]):
+        values = flags.FlagValues()
+        precompute.define_flags(values)
+        values(["precompute", *arguments])
+        assert precompute.share(values) == (0, 1)
+    assert told == [{"detect": False}, {"detect": True}]
 
 
 def test_differences_name_the_few():
