@@ -5,7 +5,8 @@
 
 Networks are those of metrics/networks (i3d, c3d, inception, clip), VideoMAE by its teachers' names, and
 efficientnet_lite0, whose weights come with the demo: anybody can compute a Fréchet distance in its features, and nobody
-should call that FVD. `Network.title` says what a distance in the features of a network is called.
+should call that FVD. `Network.title` says what a distance in the features of a network is called. All products are in
+full precision, whatever the device's default is: scores are compared between machines.
 """
 
 import dataclasses
@@ -32,6 +33,7 @@ DEMO = "efficientnet_lite0"
 AT_ONCE = 8  # clips in a batch
 FRAMES_AT_ONCE = 64  # of image networks, on a device
 VIDEO_NETWORKS = ("i3d", "c3d")  # of those in metrics/networks the ones that see whole clips; the others see images
+PAPERS_VIDEOMAE = "videomaev2_g", "vit_g_hybrid_pt_1200e_ssv2_ft.pth"  # of the content-debiased FVD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +72,16 @@ def open_network(
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names())}"
         raise ValueError(f"--network {name!r} is not known; {hint}")
-    sees_clips = name in videomae.PRESETS or name.startswith(VIDEO_NETWORKS)
-    if per_frame and sees_clips:
+    if per_frame and _sees_clips(name):
         raise ValueError(f"--network {name} sees whole clips and has nothing to say of a frame: take inception")
     if name == DEMO and not logits:
         settings = {"stride": 32, "size": 224} | settings
     loader = networks if name in networks.NETWORKS else teachers
-    output = _output(name, logits)  # before weights are read
+    ask = asking(name, per_frame=per_frame, logits=logits)  # before weights are read
     try:
         module = loader.load(name, weights, **settings)
     except FileNotFoundError as error:
-        words = re.sub(r"\([^()]*\bweights=FILE\)", "(--weights FILE)", str(error))
-        if name in videomae.PRESETS:
-            words += "; papers' content-debiased FVD is videomaev2_g's with vit_g_hybrid_pt_1200e_ssv2_ft.pth"
-        raise FileNotFoundError(words) from None
-
-    def ask(module, videos):
-        video = videos.astype(jnp.float32) / 127.5 - 1.0
-        found = output(module, video).astype(jnp.float32)
-        return found if per_frame or sees_clips else found.mean(axis=1)
+        raise FileNotFoundError(_without_weights(name, str(error))) from None
 
     devices = jax.local_devices() if devices is None else list(devices)
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
@@ -97,6 +90,36 @@ def open_network(
     ask = jax.jit(ask, out_shardings=NamedSharding(mesh, PartitionSpec()))
     title = _title(name, per_frame)
     return Network(name, title, module, ask, mesh, tuple(sorted((k, str(v)) for k, v in settings.items())))
+
+
+def asking(name: str, *, per_frame: bool = False, logits: bool = False) -> Callable[[Any, Any], Any]:
+    """(module, uint8 [b, t, h, w, 3]) -> [b, d], or [b, t, d] of every frame; see `open_network`, and raises as it."""
+    output = _output(name, logits)
+
+    def ask(module, videos):
+        with jax.default_matmul_precision("highest"):
+            found = output(module, videos.astype(jnp.float32) / 127.5 - 1.0).astype(jnp.float32)
+        return found if per_frame or _sees_clips(name) else found.mean(axis=1)
+
+    return ask
+
+
+def _sees_clips(name: str) -> bool:
+    return name in videomae.PRESETS or name.startswith(VIDEO_NETWORKS)
+
+
+def _without_weights(name: str, words: str) -> str:
+    """What a loader says of weights that are missing, for somebody who wants a score."""
+    words = re.sub(r"\([^()]*\bweights=FILE\)", "(--weights FILE)", words)
+    if name not in videomae.PRESETS:
+        return words
+    preset, file = PAPERS_VIDEOMAE
+    if name == preset:  # of its several files the one whose features papers compare
+        lacks, wants, rest = words.partition("; it wants ")
+        words = lacks + wants + rest.replace(teachers.files(name)[0].name, file)
+    else:
+        words += f"; papers' FVD is {preset}'s with {file}"
+    return f"{words}; --network i3d is the smaller, classic one"
 
 
 def _output(name: str, logits: bool) -> Callable[[Any, Any], Any]:
@@ -116,9 +139,9 @@ def _output(name: str, logits: bool) -> Callable[[Any, Any], Any]:
 
 def _title(name: str, per_frame: bool) -> str:
     if name.startswith("i3d"):
-        return "FVD"
+        return "FVD (I3D)"
     if name in videomae.PRESETS:
-        return f"FVD ({name} features)"
+        return "FVD (VideoMAE)" if name == PAPERS_VIDEOMAE[0] else f"FVD (VideoMAE: {name})"
     if per_frame and name.startswith("inception"):
         return "FID"
     clips = "of clips" if name.startswith(VIDEO_NETWORKS) else "of clips, features averaged over frames"
@@ -164,5 +187,10 @@ def digest(tree: Any) -> str:
 
 def text_features(network: Network, token_ids: np.ndarray) -> Float[np.ndarray, "n d"]:
     """CLIP's embeddings of texts, given as token ids [n, length]."""
-    ask: Callable[[Any, Array], Array] = jax.jit(lambda module, ids: module.text(ids).astype(jnp.float32))
-    return np.asarray(ask(network.module, jnp.asarray(token_ids)))
+    return np.asarray(jax.jit(ask_text)(network.module, jnp.asarray(token_ids)))
+
+
+def ask_text(module: Any, token_ids: Array) -> Array:
+    """CLIP's text tower in full precision."""
+    with jax.default_matmul_precision("highest"):
+        return module.text(token_ids).astype(jnp.float32)

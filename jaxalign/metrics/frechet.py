@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float
 
-PAPERS_COUNT = 2048  # clips on either side in most tables of FVD
+PAPERS_COUNT = 2048  # clips on either side in most tables of FVD, Align4Gen's among them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """Work on disk that goes on where it was stopped: a folder of sealed parts, and statistics of what was measured.
 
 A folder says in about.json what it holds, so nothing of another protocol is taken for one's own; every part has a
-manifest with digests (interop/sealed.py), so a flipped bit is noticed and half a part is none.
+manifest with digests (interop/sealed.py), so a flipped bit is noticed and half a part is none. Several calls may work
+in one folder at once (two runs that share the statistics of their real clips): whoever is first with a part has made
+it, and the others take that one.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +20,9 @@ from jaxalign.metrics.frechet import Moments
 
 ABOUT = "about.json"
 VERSION = 1  # of what the numbers in these folders mean; raised when an older folder must not be mixed with new ones
+# Fields that older folders lack; what they hold is taken to be of the codec and the text encoder that the run names.
+_LATER = re.compile(r"(clips\.)?(latents|prompts)\.")
+MOMENTS = "moments"  # where a folder of statistics has them; older ones have them beside about.json
 
 About = Mapping[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -30,7 +36,8 @@ def claim(folder: Path, about: About, *, what: str, remedy: str) -> None:
     about = _plain(about)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():
-        if any(folder.iterdir()):
+        # What begins with a dot is another call's that is just being written, or was left by one that was killed.
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ValueError(f"{folder} is no folder of {what}: it has files but no {ABOUT}; {remedy}")
         sealed.write_atomic(folder / ABOUT, json.dumps(about, indent=1) + "\n")
         return
@@ -44,7 +51,8 @@ def check(folder: Path, about: About, *, what: str, remedy: str) -> None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / ABOUT} cannot be read ({type(error).__name__}); {remedy}") from None
     there, about = _flat(there), _flat(_plain(about))
-    if names := [k for k in dict.fromkeys([*about, *there]) if there.get(k) != about.get(k)]:
+    unknown = {k for k in about if k not in there and _LATER.match(k)}
+    if names := [k for k in dict.fromkeys([*about, *there]) if there.get(k) != about.get(k) and k not in unknown]:
         differ = ", ".join(f"{k} = {there.get(k)!r} there and {about.get(k)!r} here" for k in names[:3])
         raise ValueError(f"{folder} holds {what} of another protocol: {differ}; {remedy}")
 
@@ -65,24 +73,60 @@ def spans(count: int, size: int) -> list[range]:
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def part(folder: Path, number: int, make: Callable[[], Arrays], *, say: Callable[[str], None] = print) -> Arrays:
+def part(
+    folder: Path,
+    number: int,
+    make: Callable[[], Arrays],
+    *,
+    keep: Callable[[], bool] = lambda: True,
+    say: Callable[[str], None] = print,
+) -> Arrays:
     """The arrays of part `number`: from disk where it is whole, else made, written whole and sealed.
 
-    A part that is damaged is said to be and made again. Large arrays are mapped, not read.
+    A part that is damaged is said to be and made again; one that another call has made meanwhile is taken. `keep` is
+    asked once it is made: whether it is to be written. Large arrays are mapped, not read.
     """
     path = folder / f"part_{number:05d}"
     if path.exists():
         damage = sealed.find_damage(path)
-        if damage is None:
-            return {file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}
-        say(f"{path} is damaged and made again: {damage}")
-        shutil.rmtree(path)
+        if damage is None and (found := _mapped(path)):
+            return found
+        if damage is not None:
+            say(f"{path} is damaged and made again: {damage}")
+            shutil.rmtree(path, ignore_errors=True)
     arrays = make()
-    with sealed.whole_folder(path) as fresh:
+    if not keep():
+        return arrays
+
+    def write(fresh: Path) -> None:
         for name, array in arrays.items():
             np.save(fresh / f"{name}.npy", array)
-        sealed.write_manifest(fresh)
-    return arrays
+
+    return arrays if _sealed(path, write) else _mapped(path) or arrays
+
+
+def _sealed(path: Path, write: Callable[[Path], None]) -> bool:
+    """Whether this call has written the folder `path`, whole and sealed; False where another one was faster.
+
+    Raises OSError if it cannot be written.
+    """
+    try:
+        with sealed.whole_folder(path) as fresh:
+            write(fresh)
+            sealed.write_manifest(fresh)
+    except OSError:
+        if sealed.find_damage(path) is not None:
+            raise
+        return False
+    return True
+
+
+def _mapped(path: Path) -> Arrays:
+    """The arrays of a part; none of one that another call has removed, since its statistics are whole."""
+    try:
+        return {file.stem: np.load(file, mmap_mode="r") for file in sorted(path.glob("*.npy"))}
+    except FileNotFoundError:
+        return {}
 
 
 def there(folder: Path, numbers: Sequence[int]) -> int:
@@ -94,14 +138,17 @@ def there(folder: Path, numbers: Sequence[int]) -> int:
 
 
 def write_moments(folder: Path, moments: Moments, about: About) -> None:
-    """Mean and covariance, sealed, in `folder`, which `claim` made; its parts are no longer needed and go."""
+    """Mean and covariance, sealed, in `folder`, which `claim` made; its parts are no longer needed and go then."""
     check(folder, about, what="statistics", remedy="give another --cache")
-    for name in ("mean", "covariance"):
-        np.save(folder / f"{name}.npy", getattr(moments, name))
-    sealed.write_atomic(folder / "count.json", json.dumps(moments.count) + "\n")
+
+    def write(fresh: Path) -> None:
+        for name in ("mean", "covariance"):
+            np.save(fresh / f"{name}.npy", getattr(moments, name))
+        (fresh / "count.json").write_text(json.dumps(moments.count) + "\n", encoding="utf-8")
+
+    _sealed(folder / MOMENTS, write)
     for old in folder.glob("part_*"):
-        shutil.rmtree(old)
-    sealed.write_manifest(folder)
+        shutil.rmtree(old, ignore_errors=True)  # another call may remove them as well
 
 
 def read_moments(folder: Path, about: About) -> Moments | None:
@@ -109,11 +156,12 @@ def read_moments(folder: Path, about: About) -> Moments | None:
 
     Raises ValueError for those of another protocol, naming both values, and for changed bytes.
     """
-    if not (folder / sealed.NAME).exists():
+    place = next((place for place in (folder / MOMENTS, folder) if (place / sealed.NAME).exists()), None)
+    if place is None:
         return None
     remedy = "give another --cache, or remove the folder"
-    if damage := sealed.find_damage(folder):
+    if damage := sealed.find_damage(place):
         raise ValueError(f"{folder}: these statistics are damaged ({damage}); {remedy}")
     check(folder, about, what="statistics", remedy=remedy)
-    count = json.loads((folder / "count.json").read_text(encoding="utf-8"))
-    return Moments(count, np.load(folder / "mean.npy"), np.load(folder / "covariance.npy"))
+    count = json.loads((place / "count.json").read_text(encoding="utf-8"))
+    return Moments(count, np.load(place / "mean.npy"), np.load(place / "covariance.npy"))

@@ -22,7 +22,7 @@ from jaxalign.metrics import parts, protocol
 from jaxalign.metrics.protocol import Clips, Pace, of_source, part_size
 from jaxalign.tasks.aligning import cast
 from jaxalign.training import config as config_lib
-from jaxalign.training import prompts, setup, trained
+from jaxalign.training import contents, prompts, setup, trained
 from jaxalign.training.data_settings import classes_of, clip_settings
 from jaxalign.training.evaluation import fixed_noise
 from jaxalign.training.mesh import batch_sharding, make_mesh, replicate
@@ -56,7 +56,7 @@ def of_run(
     config = trained.read_config(workdir)
     if (task := config.get("task", "denoising")) != "denoising":
         raise ValueError(f"{workdir} is a run of task {task}, which generates no videos")
-    classes = classes_of(config) if real and config.model.num_classes == -1 else None
+    own, told_by_text = config.copy_and_resolve_references(), setup.is_told_by_text(config)
     if real:
         config.data.source = real
     elif precomputed.is_precomputed(config.data.source):
@@ -67,8 +67,7 @@ def of_run(
     clip = Clip(**clip_settings(config))
     source = prompts.open_told(_resolved(config))
     of_real = of_source(source, clip, split=split, count=count, seed=seed, at_once=at_once)
-    if classes not in (None, source.classes):
-        raise ValueError(f"--real {source.name} has other classes than the run's own source, which it is told by")
+    notes = _check_classes(own, source) if real and own.model.num_classes and not told_by_text else ()
     run = setup.build(_resolved(config), num_classes=len(source.classes), abstract=True, with_text=False)
     told = _told(run, source, of_real)
     fitting = [name for name, (kinds, _) in SAMPLERS.items() if isinstance(run.task.process, kinds)]
@@ -88,7 +87,10 @@ def of_run(
         "seed": seed,
         "told": "" if told is None else hashlib.sha256(np.ascontiguousarray(told).tobytes()).hexdigest()[:16],
         "at_once": size,
+        "latents": contents.of_latents(config),
     }
+    if run.task.text:
+        about["prompts"] = contents.of_prompts(config)
     name = f"step{about['step']}-{weights}-{about['sampler']}-n{count}-seed{seed}"
     name += f"-guidance{guidance_scale:g}" * (guidance_scale != 1)
     folder = workdir / "generated" / name
@@ -99,13 +101,14 @@ def of_run(
 
     @functools.cache
     def drawer():
-        return _drawer(workdir, weights, mesh, options, seed)
+        return _drawer(workdir, checkpoint, weights, mesh, options, seed)
 
     def make(rows: range) -> dict[str, np.ndarray]:
-        videos = []
+        videos, draw = [], drawer()
+        pace.start()  # real clips were measured before, and the student is loaded now
         for first in range(rows.start, rows.stop, size):
             numbers = np.arange(first, first + size) % count  # full batches only: one compilation
-            videos.append(drawer()(first, size, None if told is None else told[numbers]))
+            videos.append(draw(first, size, None if told is None else told[numbers]))
             pace.did(min(size, count - first), min(first + size, count))
         return {"video": np.concatenate(videos)[: len(rows)]}
 
@@ -115,14 +118,36 @@ def of_run(
     usual = protocol.PAPER["sampler"] if options["sampler"] in ("ddim", "euler") else options["sampler"]
     differs = {"n": count, "sampler": usual, "steps": steps, "guidance": float(guidance_scale)} | protocol.looks(clip)
     captions = of_real.captions if run.task.text else ()
-    told_as = dict(items=of_real.items, labels=of_real.labels, captions=captions)
-    return Clips(workdir.name, count, part, read, about, differs, folder=folder, **told_as), of_real
+    told_as = dict(items=of_real.items, labels=of_real.labels, captions=captions, notes=notes)
+    return Clips(workdir.name, count, of_real.shape, part, read, about, differs, folder=folder, **told_as), of_real
 
 
 def _resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config = config.copy_and_resolve_references()
     config.update(UNALIGNED)
     return config_lib.resolve(config)
+
+
+def _check_classes(config: ml_collections.ConfigDict, real: Source) -> tuple[str, ...]:
+    """Notes. Raises ValueError unless the classes of `real` are those of a run's own source, by which it is told."""
+    own, known = config.data.source, config.model.num_classes
+    try:
+        classes = classes_of(config)
+    except (OSError, ValueError):  # the run was trained elsewhere: their number is all that can be compared
+        gone = f"{own}, which the run was trained on, cannot be opened"
+        if known == -1:
+            raise ValueError(f"{gone}, and its classes are what the run is told by") from None
+        if len(real.classes) != known:
+            raise ValueError(f"{gone}, and --real {real.name} has {len(real.classes)} classes, not {known}") from None
+        return (f"{gone}: names of classes are not compared with those of --real {real.name}",)
+    if classes == real.classes:
+        return ()
+    differ = sorted(set(classes) ^ set(real.classes))
+    raise ValueError(
+        f"--real {real.name} has other classes than the run's own source {own}, which it is told by: "
+        f"{len(real.classes)} and {len(classes)}, "
+        + (f"{differ[0]!r} is in one of them only" if differ else "in another order")
+    )
 
 
 def _told(run: setup.Run, source: Source, real: Clips) -> np.ndarray | None:
@@ -140,9 +165,10 @@ def _told(run: setup.Run, source: Source, real: Clips) -> np.ndarray | None:
     return labels
 
 
-def _drawer(workdir: Path, weights: str, mesh, options: dict[str, Any], seed: int) -> Callable:
+def _drawer(workdir: Path, checkpoint: Path, weights: str, mesh, options: dict[str, Any], seed: int) -> Callable:
     """(first, how many, told) -> videos uint8, on all local devices."""
-    opened = trained.whole(trained.open_run(workdir, weights=weights, overrides=UNALIGNED))
+    opened = trained.open_run(workdir, weights=weights, checkpoint=checkpoint, overrides=UNALIGNED)
+    opened = trained.whole(opened)
     run, rows = opened.run, batch_sharding(mesh)
     # A student that is sampled from is read, never trained: the compute dtype will do.
     model = replicate(cast(opened.trainable["model"], run.task.dtype), mesh)

@@ -61,7 +61,7 @@ def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
     config.update(unaligned)
     run = setup.build(config_lib.resolve(config), abstract=True, with_text=False)
     task = dataclasses.replace(run.task, lora=None)  # `trained.whole` merges adapters into their base
-    step = find_checkpoint(workdir).name
+    checkpoint = find_checkpoint(workdir)
 
     def embed(prompts):
         ids, cut = prompts_lib.tokenize(config, prompts)
@@ -69,7 +69,7 @@ def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
         return _encoded(encoder, ids, task.dtype), cut
 
     def load(mesh):
-        opened = trained.open_run(workdir, weights=weights, overrides=unaligned, with_text=False)
+        opened = trained.open_run(workdir, weights=weights, checkpoint=checkpoint, overrides=unaligned, with_text=False)
         opened = trained.whole(opened)
         # A student that is sampled from is read, never trained: the compute dtype will do.
         model = cast(opened.trainable["model"], task.dtype)
@@ -77,7 +77,7 @@ def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
 
     s = config.sample
     settings = {name: s[name] for name in SAMPLING} | {"steps": s.steps, "fps": s.fps}
-    name = f"{weights} of {Path(workdir).resolve()}, step {step}"
+    name = f"{weights} of {Path(workdir).resolve()}, step {checkpoint.name}"
     return Subject(name, task, run.latent_shape, 0, embed, load, settings)
 
 

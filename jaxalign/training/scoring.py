@@ -2,21 +2,23 @@
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxalign.data import sources
-from jaxalign.data.clips import Clip
+from jaxalign.data import captions, sources
+from jaxalign.data.clips import Clip, Source
+from jaxalign.data.frame_folders import FRAME_RATE
 from jaxalign.interop import sealed
 from jaxalign.metrics import features, protocol
 from jaxalign.metrics.networks import clip as clip_network
 from jaxalign.metrics.protocol import Clips
 from jaxalign.training import generated
 
-# What each score asks when nobody says: the network of the papers.
-NETWORKS = {"fvd": "i3d", "fid": "inception", "inception_score": "c3d", "clip": "clip_vit_b32"}
+NETWORKS = protocol.NETWORKS  # what each score asks when nobody says
 AGAINST_REAL = ("fvd", "fid")
+FLAGS = {"num_frames": "--frames", "split": "--lists", "frame_rate": "--frame_rate"}  # in place of data.NAME
 
 
 def score(
@@ -38,6 +40,8 @@ def score(
     size: tuple[int, int] = (256, 256),
     stride: int = 3,
     videos_stride: int = 1,
+    lists: int | None = None,
+    frame_rate: float | None = None,
     cache: str | Path | None = None,
     tokenizer: str | Path | None = None,
     at_once: int = features.AT_ONCE,
@@ -47,9 +51,10 @@ def score(
     """The rows of one score, kept as evaluate_WORD_NETWORK.json in the workdir or `out`.
 
     Give the `workdir` of a run, whose clips are as its data's, or a folder of `videos` with the source `real` to
-    compare it with; `frames`, `size` and `stride` are then those of the clips (`videos_stride`: of the folder's own).
-    `network` with its `weights` as `features.open_network`. Raises ValueError or FileNotFoundError, one line, for what
-    is missing or does not fit, before anything is generated.
+    compare it with; `frames`, `size` and `stride` are then those of the clips (`videos_stride`: of the folder's own),
+    `lists` the number of UCF-101's lists in `real` (None: 1) and `frame_rate` that of folders of frames (None: 25); a
+    run says these itself. `network` with its `weights` as `features.open_network`. Raises ValueError or
+    FileNotFoundError, one line, for what is missing or does not fit, before anything is generated.
     """
     if word not in NETWORKS:
         raise ValueError(f"{word!r} is no score; write one of {', '.join(NETWORKS)}")
@@ -57,8 +62,9 @@ def score(
         raise ValueError("give --workdir, the folder of a run, or --videos, a folder of generated videos")
     if videos and word in AGAINST_REAL and not real:
         raise ValueError(f"--real is missing: {word} compares --videos with the videos of a source (folder, demo, ...)")
+    if workdir is not None and (lists, frame_rate) != (None, None):
+        raise ValueError("--lists and --frame_rate are for --videos: a run's own are data.split and data.frame_rate")
     name = network or NETWORKS[word]
-    tokenize = clip_network.tokenizer(tokenizer) if tokenizer and word == "clip" else None
     kind = dict(per_frame=word in ("fid", "clip") or _each_frame(word, name), logits=word == "inception_score")
     asked = features.open_network(name, weights, **kind)  # first: the most likely to be missing
     if workdir is not None:
@@ -69,16 +75,22 @@ def score(
         folder = Path(workdir)
     else:
         shape = dict(num_frames=frames, height=size[0], width=size[1])
-        with _said_as("--videos"):
-            opened = sources.open_source(videos)
+        rate = dict(frame_rate=FRAME_RATE if frame_rate is None else frame_rate)
+        with _said_as("--videos", **FLAGS):
+            opened = sources.open_source(videos, **rate)
+            opened = _captioned(opened, videos) if word == "clip" else opened
             clips = protocol.of_videos(opened, Clip(**shape, stride=videos_stride), count=count, seed=seed)
         of_real, folder = None, Path(out or "runs/scores")
         if word in AGAINST_REAL:
             clip = Clip(**shape, stride=stride)
-            with _said_as("--real"):
+            with _said_as("--real", **FLAGS):
                 drawn = dict(split=split, count=count, seed=seed, at_once=at_once)
-                of_real = protocol.of_source(sources.open_source(real), clip, **drawn)
-    for note in (*clips.notes, *(of_real.notes if of_real is not None and word in AGAINST_REAL else ())):
+                opened = sources.open_source(real, split=1 if lists is None else lists, **rate)
+                of_real = protocol.of_source(opened, clip, **drawn)
+    of_real = of_real if word in AGAINST_REAL else None
+    _check(word, clips, of_real, asked, at_once=at_once)
+    tokenize, notes = _words(clips, name, tokenizer) if word == "clip" else (None, ())
+    for note in (*clips.notes, *(of_real.notes if of_real is not None else ()), *notes):
         say(f"note: {note}")
     rows = _rows(word, clips, of_real, asked, cache=cache, tokenize=tokenize, at_once=at_once, say=say)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,16 +112,50 @@ def _rows(
     return protocol.clip(clips, network, tokenize, at_once=at_once, say=say)
 
 
+def _check(word: str, clips: Clips, real: Clips | None, network: features.Network, *, at_once: int) -> None:
+    """Raises ValueError for clips that the network does not take, and for fewer than the score needs."""
+    shape = protocol.outputs(clips, network, at_once=at_once)
+    samples = {side.name: side.count * math.prod(shape[1:-1]) for side in (clips, real) if side is not None}
+    fewest = {"inception_score": protocol.SPLITS, "clip": 1}.get(word, 2)
+    for name, found in samples.items():
+        if found < fewest:
+            raise ValueError(f"--count: {word} needs at least {fewest} samples, and {name} gives {found}")
+    if word == "clip" and clips.shape[0] < 2:
+        raise ValueError(f"clip: consistency in time needs at least two frames, and clips of {clips.name} have one")
+
+
+def _captioned(source: Source, spec: str) -> Source:
+    """The source with the captions of a file that lies in its folder."""
+    return captions.captioned(source, spec, "") if captions.beside_of(spec).is_file() else source
+
+
+def _words(clips: Clips, network: str, tokenizer: str | Path | None) -> tuple[Callable | None, tuple[str, ...]]:
+    """What CLIP-T makes tokens with, where there is all that it needs; else a note of what is missing."""
+    if not clips.captions and not tokenizer:
+        return None, ()
+    if not network.startswith("clip"):
+        missing = f"--network {network} reads no text"
+    elif not tokenizer:
+        missing = "give --tokenizer, the folder or the BPE file of CLIP"
+    elif not clips.captions:
+        missing = f"the videos have no captions (of a folder: {captions.FILE} in it, columns video, caption)"
+    else:
+        return clip_network.tokenizer(tokenizer), ()
+    return None, (f"no CLIP-T: {missing}",)
+
+
 def _each_frame(word: str, network: str) -> bool:
     """Whether every frame is a sample: of an Inception Score by a network that sees images."""
     return word == "inception_score" and not network.startswith(features.VIDEO_NETWORKS)
 
 
 @contextlib.contextmanager
-def _said_as(flag: str) -> Iterator[None]:
-    """Errors of a source speak of a config's fields; here it was a flag."""
+def _said_as(flag: str, **others: str) -> Iterator[None]:
+    """Errors of a source speak of a config's fields; here it was a flag, and so were the `others` of data.NAME."""
     try:
         yield
     except (ValueError, FileNotFoundError, NotADirectoryError) as error:
-        words = str(error).replace("data.source=", f"{flag} ").replace("data.num_frames", "--frames")
+        words = str(error).replace("data.source=", f"{flag} ")
+        for name, other in others.items():
+            words = words.replace(f"data.{name}", other)
         raise (ValueError if isinstance(error, ValueError) else type(error))(words) from None

@@ -35,15 +35,18 @@ def open_run(
     workdir: str | Path,
     *,
     weights: str = "ema",
+    checkpoint: str | Path | None = None,
     overrides: dict | None = None,
     with_text: bool = True,
     task: str = "denoising",
 ) -> Trained:
-    """The newest whole checkpoint of a workdir; `weights` is 'ema' (the average of the student) or 'raw' (the last).
+    """A `checkpoint` of a workdir (its folder; None: the newest whole one); `weights` is 'ema' (the average of the
+    student) or 'raw' (the last).
 
     `overrides` are sections of the config, e.g. the alignment and teacher of another run: the student is then looked
-    at through that alignment and has no head of its own. `with_text` as in `setup.build`. Raises FileNotFoundError
-    without a whole checkpoint, ValueError for a run of another `task`.
+    at through that alignment and has no head of its own. Their fields take the place of the run's, each as a whole.
+    `with_text` as in `setup.build`. Raises FileNotFoundError without a whole checkpoint, ValueError for a run of
+    another `task`.
     """
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights = {weights!r}: write ema (the averaged student) or raw (the last one)")
@@ -51,21 +54,34 @@ def open_run(
     if (found := config.get("task", "denoising")) != task:
         verb = "evaluate motion" if found == "motion_subspace" else "evaluate loss"
         raise ValueError(f"{workdir} is a run of task {found}, not {task}: look at it with python -m jaxalign.{verb}")
-    config.update(overrides or {})
-    config = config_lib.resolve(config)
+    config = config_lib.resolve(with_sections(config, overrides or {}))
     # Only the number of classes is the data's; a fixed one spares opening the source.
     classes = len(classes_of(config)) if config.model.num_classes == -1 else 0
     run = setup.build(config, num_classes=classes, with_text=with_text)
-    abstract = jax.eval_shape(run.init, jax.random.key(0))
-    source = "ema" if weights == "ema" else "trainable.model"
+    if checkpoint is not None and not Path(checkpoint).is_dir():
+        raise FileNotFoundError(
+            f"checkpoint {checkpoint} is gone: the run goes on training and keeps its newest ones; call again, and the "
+            "newest is taken"
+        )
+    # It is looked for once, and all is read at once: a run that goes on training may have a newer one any time.
+    place = checkpoint or workdir
     if run.task.lora is not None:
-        extra = read_metadata(find_checkpoint(workdir))["extra"]
+        place = find_checkpoint(place)
+        extra = read_metadata(place)["extra"]
         init_from.check_base(extra.get("base"), init_from.fingerprint(config, run), str(workdir))
-    model, _ = load_params(workdir, abstract["model"], source=source)
-    heads = {}
-    if run.task.alignments and not overrides:
-        heads, _ = load_params(workdir, abstract["heads"], source="trainable.heads")
-    return Trained(config, run, {"model": model, "heads": heads})
+    wanted = jax.eval_shape(run.init, jax.random.key(0))
+    has_heads = run.task.alignments and not overrides
+    trainable = {"model": wanted["model"], "heads": wanted["heads"] if has_heads else {}}
+    saved = {"trainable": trainable} | ({"ema": trainable.pop("model")} if weights == "ema" else {})
+    found, _ = load_params(place, saved, source="")
+    student = found["ema"] if weights == "ema" else found["trainable"]["model"]
+    return Trained(config, run, {"model": student, "heads": found["trainable"]["heads"]})
+
+
+def with_sections(config: ml_collections.ConfigDict, sections: dict[str, dict]) -> ml_collections.ConfigDict:
+    """The config with the fields of some sections replaced, each as a whole: an empty `beside` is empty then."""
+    tree = config.to_dict()
+    return ml_collections.ConfigDict(tree | {name: tree.get(name, {}) | fields for name, fields in sections.items()})
 
 
 def whole(opened: Trained) -> Trained:

@@ -78,7 +78,12 @@ def test_the_digest_is_of_every_bit(network):
         (dict(name="i3d", logits=True), "has no classes"),
         (dict(name="videomaev2_g", logits=True), "has no classes"),
         (dict(name="clip_vit_b32", weights="/nowhere/ViT.pt"), r"ViT-B-32.pt of CLIP.*\(--weights FILE\)"),
-        (dict(name="videomaev2_b"), r"vit_b_k710_dl_from_giant.pth.*\(--weights FILE\)"),
+        (dict(name="videomaev2_b"), r"vit_b_k710_dl_from_giant.pth.*\(--weights FILE\).*videomaev2_g's with vit_g_hyb"),
+        (
+            dict(name="videomaev2_g"),
+            r"wants vit_g_hybrid_pt_1200e_ssv2_ft.pth.*VideoMAE2 \(mae-g/vit_g_hybrid_pt_1200e_ssv2_ft.pth\).*"
+            r"\(--weights FILE\).*--network i3d is the smaller, classic one",
+        ),
     ],
 )
 def test_what_is_not_there(asked, said):
@@ -87,10 +92,11 @@ def test_what_is_not_there(asked, said):
 
 
 def test_nobody_mistakes_it_for_fvd():
-    assert features._title("i3d", False) == "FVD" and features._title("inception", True) == "FID"
+    assert features._title("i3d", False) == "FVD (I3D)" and features._title("inception", True) == "FID"
+    assert features._title("videomaev2_g", False) == "FVD (VideoMAE)"
     assert "not FVD" in features._title("efficientnet_lite0", False)
     assert "not FID" in features._title("efficientnet_lite0", True)
-    assert "videomaev2_g" in features._title("videomaev2_g", False)
+    assert features._title("videomaev2_b", False) == "FVD (VideoMAE: videomaev2_b)"
 
 
 ON_EIGHT = """

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxalign import convert, teachers
 from jaxalign.interop import manifests, mapping, safetensors_file, sniff
 from jaxalign.interop.rules import BATCH_NORM_COUNTS
-from jaxalign.metrics import networks
+from jaxalign.metrics import features, networks
 from jaxalign.metrics.networks import i3d, inception
 from jaxalign.metrics.networks import resize as resizes
 from jaxalign.teachers.efficientnet import BatchNorm
@@ -140,14 +140,23 @@ def test_i3d_unit_and_pools_are_tensorflows(epsilon):
         )
 
 
-@pytest.mark.parametrize("name", ["i3d", "inception", "c3d"])
+@pytest.mark.parametrize(
+    "name", ["i3d", "inception", "c3d", "clip_vit_b32", "videomaev2_b", "efficientnet_lite0", "text", "logits"]
+)
 def test_every_product_is_in_full_precision(name):
     """Whatever the default is where the program runs: half the digits on a TPU."""
-    shape = (1, 16, 8, 8, 3) if name != "inception" else (1, 8, 8, 3)
+    video = jax.ShapeDtypeStruct((1, 16, 8, 8, 3), jnp.uint8)
+    if name == "text":
+        ask, module, given = features.ask_text, abstract("clip_vit_b32"), jax.ShapeDtypeStruct((1, 77), jnp.int32)
+    elif name == "logits":
+        ask, module, given = features.asking("inception", logits=True), abstract("inception"), video
+    else:
+        module = abstract(name) if name in networks.NETWORKS else teachers.abstract(name)
+        ask, given = features.asking(name), video
     with jax.default_matmul_precision("default"):
-        text = str(jax.make_jaxpr(lambda m, x: m(x))(abstract(name), jax.ShapeDtypeStruct(shape, jnp.float32)))
+        text = str(jax.make_jaxpr(ask)(module, given))
     products = text.count("conv_general_dilated[") + text.count("dot_general[")
-    assert products > 10 and text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+    assert products >= 6 and text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
 
 
 def test_i3d_takes_nine_frames_or_more():

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.data.clips import Clip
-from jaxalign.data.sources import open_source
+from jaxalign.data.clips import Clip, Item, Source
+from jaxalign.data.containers import UnreadableVideo
+from jaxalign.data.frame_folders import FrameReader
+from jaxalign.data.sources import FileReader, open_source
+from jaxalign.interop import sealed
 from jaxalign.metrics import parts, protocol
 from jaxalign.metrics.features import Network
 from jaxalign.metrics.frechet import frechet_distance, moments
@@ -93,7 +98,7 @@ def test_statistics_of_another_protocol_are_refused(tmp_path, other, said):
 def test_a_flipped_bit_is_noticed(tmp_path):
     asked = dict(clips=clips(), network=network(), kind="clips", cache=tmp_path, at_once=4, say=quiet)
     protocol.statistics(**asked)
-    path = tmp_path / "covariance.npy"
+    path = tmp_path / parts.MOMENTS / "covariance.npy"
     content = bytearray(path.read_bytes())
     content[-5] ^= 4
     path.write_bytes(bytes(content))
@@ -131,7 +136,8 @@ def test_a_row_says_what_is_not_the_papers(tmp_path):
                                   for c in (train, real)))  # fmt: skip
     assert row["value"] == pytest.approx(expected, rel=1e-9) and row["value"] > 0
     assert row["n"] == row["n real"] == 24
-    assert row["protocol"] == "Align4Gen but for n 24 (2048), frames 2 (16), size 8×8 (256×256), stride 1 (3)"
+    differs = "n 24 (2048), frames 2 (16), size 8×8 (256×256), stride 1 (3), network fake (videomaev2_g)"
+    assert row["protocol"] == f"Align4Gen but for {differs}"
     assert not any("warning" in line for line in said)
     few = clips(4)
     protocol.frechet(few, few, network(), per_frame=False, cache=tmp_path / "few", at_once=4, say=said.append)
@@ -141,7 +147,18 @@ def test_a_row_says_what_is_not_the_papers(tmp_path):
 def test_the_papers_protocol_is_called_by_its_name():
     differs = dict(protocol.PAPER)
     whole = dataclasses.replace(clips(), differs=differs)
-    assert protocol._ending(whole, whole, network())["protocol"] == "Align4Gen"
+    for score, name in protocol.NETWORKS.items():
+        assert protocol._ending(score, whole, whole, network(name))["protocol"] == "Align4Gen"
+    assert (
+        protocol._ending("fvd", whole, whole, network("i3d"))["protocol"]
+        == "Align4Gen but for network i3d (videomaev2_g)"
+    )
+    many = clips(2 * len(open_source("synthetic").items))
+    assert many.differs["videos"] == len(set(many.items)) < many.count and "videos" not in clips().differs
+    few = dataclasses.replace(whole, differs=differs | {"videos": 1900})
+    assert (
+        protocol._ending("fid", few, None, network("inception"))["protocol"] == "Align4Gen but for videos 1900 (2048)"
+    )
 
 
 def test_a_folder_that_holds_something_else(tmp_path):
@@ -154,3 +171,155 @@ def test_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / parts.ABOUT).write_text(json.dumps({"version": 0}))
     with pytest.raises(ValueError, match="version = 0 there and 1 here"):
         parts.claim(tmp_path, {}, what="statistics", remedy="give another --cache")
+
+
+# ---- several calls in one folder -----------------------------------------------------------------------------------
+
+
+def test_a_part_that_another_call_made_meanwhile_is_taken(tmp_path):
+    def slow():
+        parts.part(tmp_path, 0, lambda: {"x": np.zeros(3)})
+        return {"x": np.ones(3)}
+
+    assert parts.part(tmp_path, 0, slow)["x"].tolist() == [0, 0, 0]
+    assert sealed.find_damage(tmp_path / "part_00000") is None and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_part_that_goes_while_it_is_looked_at_is_made_again(tmp_path, monkeypatch):
+    parts.part(tmp_path, 0, lambda: {"x": np.zeros(3)})
+    with monkeypatch.context() as patched:
+        patched.setattr(sealed, "find_damage", lambda path: shutil.rmtree(path))
+        assert parts.part(tmp_path, 0, lambda: {"x": np.ones(3)})["x"].tolist() == [1, 1, 1]
+
+
+def test_what_another_call_is_writing_hinders_nobody(tmp_path):
+    (tmp_path / ".about.json.17.tmp").write_text("{")
+    (tmp_path / ".part_00000.17.tmp").mkdir()
+    for _ in range(2):
+        parts.claim(tmp_path, {"n": 1}, what="statistics", remedy="")
+
+
+def test_statistics_survive_a_kill_at_their_end(tmp_path, monkeypatch):
+    """Parts go only when the statistics are whole; a second call that ends later finds them there."""
+    given, about = moments(np.random.default_rng(0).normal(size=(5, 3))), {"n": 5}
+    parts.claim(tmp_path, about, what="statistics", remedy="")
+    parts.part(tmp_path, 0, lambda: {"features": np.zeros(3)})
+
+    def killed(path, **_):
+        if path.name.startswith("part_"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            parts.write_moments(tmp_path, given, about)
+    np.testing.assert_array_equal(parts.read_moments(tmp_path, about).covariance, given.covariance)
+    parts.write_moments(tmp_path, given, about)
+    assert {path.name for path in tmp_path.iterdir()} == {parts.ABOUT, parts.MOMENTS}
+
+
+def test_older_folders_are_read(tmp_path):
+    given, about = moments(np.random.default_rng(0).normal(size=(5, 3))), {"clips": {"n": 5}}
+    parts.claim(tmp_path, about, what="statistics", remedy="")
+    for name in ("mean", "covariance"):
+        np.save(tmp_path / f"{name}.npy", getattr(given, name))
+    (tmp_path / "count.json").write_text("5")
+    sealed.write_manifest(tmp_path)
+    found = parts.read_moments(tmp_path, about)
+    assert found.count == 5
+    np.testing.assert_array_equal(found.mean, given.mean)
+    now = {"clips": {"n": 5, "latents": {"codec.name": "pixels"}}}  # which videos of before do not say
+    parts.check(tmp_path, now, what="features", remedy="")
+    with pytest.raises(ValueError, match=r"clips.files = None there and 'a' here"):
+        parts.check(tmp_path, {"clips": {"n": 5, "files": "a"}}, what="features", remedy="")
+    parts.claim(tmp_path / "new", now, what="features", remedy="")
+    with pytest.raises(ValueError, match=r"clips.latents.codec.name = 'pixels' there and 'sd_kl' here"):
+        parts.check(tmp_path / "new", {"clips": {"n": 5, "latents": {"codec.name": "sd_kl"}}}, what="", remedy="")
+
+
+# ---- which clips ---------------------------------------------------------------------------------------------------
+
+
+def of_files(root, reader):
+    """What decides the clips of two videos named relative to the working directory."""
+    items = tuple(Item(name, 9, 25.0, 0, "held_out") for name in ("a", "b"))
+    source = Source(str(root), items, read=reader(tuple(os.path.join(root, item.name) for item in items)))
+    return protocol.of_source(source, CLIP, split="held_out", count=2).about
+
+
+@pytest.mark.parametrize("frames", [False, True])
+def test_files_are_told_apart_by_where_they_lie_and_by_their_stamps(tmp_path, monkeypatch, frames):
+    reader = FrameReader if frames else lambda paths: FileReader(paths, ())
+    for place in ("one", "other"):
+        for name in ("a", "b"):
+            path = tmp_path / place / "real" / name / "1.png" if frames else tmp_path / place / "real" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"x")
+            os.utime(path, ns=(0, 0))
+            os.utime(path.parent, ns=(0, 0))
+    monkeypatch.chdir(tmp_path / "one")
+    one = of_files("real", reader)
+    assert one == of_files(tmp_path / "one" / "real", reader) and one["source"] == str(tmp_path / "one" / "real")
+    monkeypatch.chdir(tmp_path / "other")
+    other = of_files("real", reader)
+    assert one["files"] == other["files"] and one != other
+    os.utime(path, ns=(0, 1))  # as after an encoder that writes over it
+    assert of_files("real", reader)["files"] != other["files"]
+
+
+def test_clips_that_cannot_be_read_are_counted_and_not_sealed(tmp_path):
+    """Only the parts with them are made again, and the statistics are kept when all can be read."""
+    broken, said, asked = {"3"}, [], []
+
+    def read(item, start, stop, step, cover):
+        asked.append(item)
+        if str(item) in broken:
+            raise UnreadableVideo(str(item), "cut short")
+        return np.full((len(range(start, stop, step)), *cover, 3), item, np.uint8), np.zeros(
+            (stop - start, 4, 4), np.uint8
+        )
+
+    items = tuple(Item(str(k), 2, 25.0, 0, "held_out") for k in range(8))
+    options = dict(cache=tmp_path, at_once=2, say=said.append)
+
+    def real():
+        found = protocol.of_source(Source("eight", items, read=read), CLIP, split="held_out", count=8)
+        return dataclasses.replace(found, part=2)
+
+    row = protocol.frechet(clips(8), real(), network(), per_frame=False, **options)
+    assert row["replaced real"] == 1 and "replaced" not in row
+    assert any("warning: 1 of 8 clips of eight" in line and "(the first: 3)" in line for line in said)
+    assert parts.there(tmp_path, range(4)) == 3 and not (tmp_path / parts.MOMENTS).exists()
+    broken.clear(), asked.clear()
+    row = protocol.frechet(clips(8), real(), network(), per_frame=False, **options)
+    assert len(asked) == 2 and (tmp_path / parts.MOMENTS).exists() and "replaced real" not in row
+
+
+def test_features_say_their_precision_where_it_was_another_before():
+    precisions = [protocol.described(clips(), network(n), "clips", at_once=4).get("precision") for n in ("i3d", "clip")]
+    assert precisions == [None, "fp32"]
+
+
+def test_what_the_network_gives_is_known_without_a_clip():
+    assert protocol.outputs(clips(), network(), at_once=4) == (24, 6)
+
+    def refuse(module, video):
+        raise ValueError("fake: a clip has 16 frames")
+
+    asked = dataclasses.replace(network(), ask=jax.jit(refuse))
+    with pytest.raises(
+        ValueError, match=r"--network fake does not take clips of 2 frames of 8×8 .*: fake: a clip has 16"
+    ):
+        protocol.outputs(clips(), asked, at_once=4)
+
+
+def test_the_time_left_counts_from_the_start_of_the_work(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr(protocol.time, "monotonic", lambda: now[0])
+    pace = protocol.Pace(100, "made", said.append)
+    for seconds in (3600, 60, 60):  # an hour of other work before
+        now[0] += seconds
+        pace.start()
+        if seconds == 60:
+            pace.did(10, pace.new + 10)
+    assert said == ["made: 10/100, about 9 min left", "made: 20/100, about 8 min left"]

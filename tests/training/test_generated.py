@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,9 @@ import pytest
 
 from configs import base
 from jaxalign.figures import video
-from jaxalign.metrics import features
+from jaxalign.metrics import features, networks
 from jaxalign.training import config as config_lib
-from jaxalign.training import generated, scoring, setup, trained
+from jaxalign.training import generated, restore, scoring, setup, trained
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.showing import Sampler
 
@@ -107,8 +110,8 @@ def test_goes_on_where_it_was_stopped(run, whole, monkeypatch, tmp_path):
 
         return lambda *_: draw
 
-    drawer = generated._drawer(run, "ema", generated.make_mesh(devices=jax.local_devices()[:1]),
-                               dict(sampler="euler", steps=2, guidance_scale=1.0), 1)  # fmt: skip
+    mesh, sampling = generated.make_mesh(devices=jax.local_devices()[:1]), dict(sampler="euler", steps=2)
+    drawer = generated._drawer(run, run / "checkpoints" / "1", "ema", mesh, sampling | dict(guidance_scale=1.0), 1)
     with monkeypatch.context() as patched:
         patched.setattr(generated, "_drawer", stop_at(6))
         with pytest.raises(KeyboardInterrupt):
@@ -183,6 +186,162 @@ def test_what_is_refused(run, mean_colour, tmp_path):
             scoring.score(**(asked | options))
 
 
+def another_step(workdir, step):
+    """A newer checkpoint with other numbers, as of a run that goes on training."""
+    opened = trained.open_run(workdir)
+    model = jax.tree.map(lambda x: x + 1, opened.trainable["model"])
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        checkpoints.save(step, {"ema": model, "trainable": {"model": model, "heads": {}}})
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """A run of its own for a test that changes it; nothing is generated yet."""
+    shutil.copytree(run / "checkpoints", tmp_path / "copied" / "checkpoints")
+    shutil.copy(run / "config.json", tmp_path / "copied")
+    return tmp_path / "copied"
+
+
+def test_videos_are_of_the_checkpoint_that_they_are_named_after(copied, whole, monkeypatch):
+    """Of a run that trains on: its newest checkpoint is looked for once, when the videos get their name."""
+    looked, drawn_from = [], []
+    real = generated.trained.open_run
+
+    def opened(*given, **options):
+        drawn_from.append(Path(options["checkpoint"]).name)
+        return real(*given, **options)
+
+    clips, _ = generated.of_run(copied, **OPTIONS)
+    another_step(copied, 2)
+    monkeypatch.setattr(generated.trained, "open_run", opened)
+    monkeypatch.setattr(restore.sealed, "find_damage", lambda folder, *_: looked.append(folder.name) or None)
+    found = clips.read(range(10))
+    assert clips.about["step"] == 1 and "step1-" in clips.folder.name and drawn_from == ["1"] and looked == ["1"]
+    np.testing.assert_array_equal(found, whole[0].read(range(10)))
+
+
+def test_one_checkpoint_is_opened_and_gone_ones_are_named(copied, monkeypatch):
+    one = trained.open_run(copied, weights="raw").trainable["model"]
+    another_step(copied, 2)
+    looked = []
+    monkeypatch.setattr(restore.sealed, "find_damage", lambda folder, *_: looked.append(folder.name) or None)
+    newest = trained.open_run(copied).trainable["model"]
+    first = trained.open_run(copied, checkpoint=copied / "checkpoints" / "1").trainable["model"]
+    assert looked == ["2", "1"]
+    for a, b, c in zip(*map(jax.tree.leaves, (one, first, newest)), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(a - c).min() > 0.5
+    with pytest.raises(FileNotFoundError, match=r"checkpoints/7 is gone: the run goes on training"):
+        trained.open_run(copied, checkpoint=copied / "checkpoints" / "7")
+
+
+def test_sections_of_another_run_replace_whole_fields():
+    mine = dict(method="tsa", beside=dict(more=dict(method="repa")), projector=dict(hidden=8, conv="tsa"))
+    config = trained.ml_collections.ConfigDict(dict(align=mine, teacher=dict(size=224), seed=3))
+    found = trained.with_sections(config, dict(align=dict(method="trd", beside={}, projector=dict(hidden=4))))
+    align = dict(method="trd", beside={}, projector=dict(hidden=4))
+    assert found.to_dict() == dict(align=align, teacher=dict(size=224), seed=3)
+    assert trained.with_sections(config, dict(teacher=dict(size=[160, 240]))).teacher.size == [160, 240]
+    assert config.align.beside.more.method == "repa"
+
+
+def test_classes_of_another_source_are_compared(copied):
+    """Also where the config says how many there are: the same number is not the same classes."""
+    config = json.loads((copied / "config.json").read_text())
+    config["model"]["num_classes"] = 2
+
+    def asked(source):
+        config["data"]["source"] = source
+        (copied / "config.json").write_text(json.dumps(config))
+        return generated.of_run(copied, real="synthetic", **OPTIONS)[0]
+
+    assert asked("synthetic").notes == ()
+    with pytest.raises(
+        ValueError, match=r"own source synthetic:gravity, which .*: 2 and \d, '.*' is in one of them only"
+    ):
+        asked("synthetic:gravity")
+    (note,) = asked("/gone").notes
+    assert note.startswith("/gone, which the run was trained on, cannot be opened: names of classes are not compared")
+    config["model"]["num_classes"] = 3
+    with pytest.raises(ValueError, match="cannot be opened, and --real synthetic has 2 classes, not 3"):
+        asked("/gone")
+
+
+def test_what_the_codec_was_is_written_down(whole):
+    assert whole[0].about["latents"]["codec.name"] == "pixels" and "prompts" not in whole[0].about
+
+
+def test_what_cannot_be_scored_is_said_before_anything_is_generated(copied, monkeypatch, tmp_path):
+    def opened(name, weights=None, *, per_frame=False, logits=False):
+        module = networks.abstract("c3d") if name == "c3d" else None
+        ask = features.asking("c3d") if name == "c3d" else lambda _, v: v.mean((2, 3) if per_frame else (1, 2, 3))
+        return features.Network(name, name, module, jax.jit(ask), generated.make_mesh(devices=jax.local_devices()[:1]))
+
+    monkeypatch.setattr(features, "open_network", opened)
+    for word, options, said in (
+        ("fvd", dict(network="c3d"), r"--network c3d does not take clips of 2 frames of 16×16 .*: c3d: a clip has 16"),
+        ("inception_score", dict(), "--network c3d does not take clips of 2 frames"),
+        ("inception_score", dict(network="inception"), "needs at least 10 samples, and .* gives 8"),
+        ("clip", dict(videos="synthetic", frames=1), "at least two frames, and clips of synthetic have one"),
+        ("fid", dict(videos="synthetic", real="synthetic", frames=1, count=1), "at least 2 samples, .* gives 1"),
+    ):
+        place = {} if "videos" in options else dict(workdir=copied)
+        with pytest.raises(ValueError, match=said):
+            scoring.score(word, **place, **(dict(count=4, at_once=2) | options))
+    assert not list((copied / "generated").glob("*/part_*"))
+
+
+class Words(NamedTuple):
+    """In place of CLIP: what it is asked for, in three channels."""
+
+    factor: object
+
+    def text(self, ids):
+        return ids.astype(jnp.float32)
+
+
+def test_captions_of_a_folder(monkeypatch, tmp_path):
+    """CLIP-T of the videos that have one, and a note where something is missing."""
+    mesh, asked = generated.make_mesh(devices=jax.local_devices()[:1]), []
+    ask = jax.jit(lambda module, videos: videos.astype(jnp.float32).mean((2, 3)) * module.factor)
+    found = features.Network("clip_vit_b32", "fake", Words(jnp.ones(())), ask, mesh)
+    monkeypatch.setattr(features, "open_network", lambda *_, **__: found)
+    words = lambda path: lambda texts: asked.extend(texts) or np.ones((len(texts), 3), np.int32)  # noqa: E731
+    monkeypatch.setattr(scoring.clip_network, "tokenizer", words)
+    for k in range(3):
+        video.write_mp4(tmp_path / "told" / f"{k}.mp4", np.full((2, 32, 32, 3), 90 * k + 20, np.uint8), 8)
+    options = dict(videos=str(tmp_path / "told"), frames=2, size=(32, 32), count=9, out=tmp_path / "out")
+    said = []
+    options |= dict(say=said.append)
+    assert len(scoring.score("clip", tokenizer="bpe", **options)) == 1
+    assert any("no CLIP-T: the videos have no captions" in line for line in said)
+    (tmp_path / "told" / "captions.csv").write_text("video,caption\n0.mp4,a dark wall\n2.mp4,a bright wall\n")
+    assert len(scoring.score("clip", **options)) == 1
+    assert any("note: no CLIP-T: give --tokenizer" in line for line in said)
+    said.clear()
+    rows = scoring.score("clip", tokenizer="bpe", **options)
+    assert [row["metric"] for row in rows] == ["CLIP consistency", "CLIP-T"] and rows[1]["n"] == 2
+    assert sorted(asked) == ["a bright wall", "a dark wall"] and not any("CLIP-T:" in line for line in said)
+    assert any("left out, without a caption: 1 videos (the first: 1.mp4)" in line for line in said)
+
+
+def test_lists_and_frame_rate_reach_the_sources(run, mean_colour, monkeypatch, tmp_path):
+    real, given = scoring.sources.open_source, []
+
+    def opened(spec, **options):
+        given.append((spec, options))
+        return real(spec)
+
+    monkeypatch.setattr(scoring.sources, "open_source", opened)
+    asked = dict(network=MEAN_COLOUR, videos="synthetic", real="synthetic:gravity", frames=2, size=(16, 16), count=4)
+    scoring.score("fvd", lists=2, frame_rate=10.0, cache=tmp_path / "cache", out=tmp_path, **asked)
+    assert given == [("synthetic", dict(frame_rate=10.0)), ("synthetic:gravity", dict(split=2, frame_rate=10.0))]
+    with pytest.raises(ValueError, match=r"a run's own are data.split and data.frame_rate"):
+        scoring.score("fvd", workdir=run, lists=2, network=MEAN_COLOUR)
+    with pytest.raises(FileNotFoundError, match=r"vit_g_hybrid_pt_1200e_ssv2_ft.pth.*--network i3d"):
+        scoring.score("fvd", workdir=run)
+
+
 @pytest.mark.slow
 def test_a_student_told_by_text(mean_colour, tmp_path):
     """It is told the captions of the real clips."""
@@ -192,6 +351,7 @@ def test_a_student_told_by_text(mean_colour, tmp_path):
     workdir = random_workdir(config, tmp_path / "told")
     clips, real = generated.of_run(workdir, **OPTIONS)
     assert clips.captions == real.captions and len(set(clips.captions)) == 2
+    assert clips.about["prompts"]["text.encoder"] == "hash"
     assert clips.about["told"] and clips.read(range(10)).std() > 1
     asked = dict(network=MEAN_COLOUR, cache=tmp_path / "cache", **OPTIONS)
     assert np.isfinite(scoring.score("fvd", workdir=workdir, **asked)[0]["value"])

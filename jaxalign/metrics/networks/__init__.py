@@ -3,6 +3,8 @@
     network = networks.load("i3d", "i3d_torchscript.pt")
     features = network(video)  # [b, t, h, w, 3] in [-1, 1] -> [b, network.width]; image networks take [b, h, w, 3]
 
+They compute in the precision of their caller: scores ask them through metrics/features.py, which takes the full one.
+
 Weights are upstream's own file, or a folder that `python -m jaxalign.convert` made of it; `third_party/*.toml` says
 where a person finds each file, and `python -m jaxalign.convert --list` prints that.
 """

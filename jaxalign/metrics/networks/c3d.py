@@ -70,12 +70,11 @@ class C3D(nnx.Module):
         mean = jnp.moveaxis(self.mean[...].astype(jnp.float32)[:, :, rows, rows], 0, -1)
         x = corners(video[..., ::-1].astype(jnp.float32) * 128, SIZE) + (128 - mean)
         x = x.astype(self.fc6.kernel.dtype)
-        with jax.default_matmul_precision("highest"):  # scores are compared between machines
-            for name, _, pool in _LAYERS:
-                x = jax.nn.relu(getattr(self, name)(x))
-                if pool is not None:  # what is odd is filled up at the end: Chainer's cover_all
-                    window = (pool[0], pool[1], pool[1])
-                    x = nnx.max_pool(x, window, strides=window, padding="SAME")
-            x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)  # fc6 counts channels first
-            x = jax.nn.relu(self.fc7(jax.nn.relu(self.fc6(x))))
-            return self.fc8(x).astype(jnp.float32)
+        for name, _, pool in _LAYERS:
+            x = jax.nn.relu(getattr(self, name)(x))
+            if pool is not None:  # what is odd is filled up at the end: Chainer's cover_all
+                window = (pool[0], pool[1], pool[1])
+                x = nnx.max_pool(x, window, strides=window, padding="SAME")
+        x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)  # fc6 counts channels first
+        x = jax.nn.relu(self.fc7(jax.nn.relu(self.fc6(x))))
+        return self.fc8(x).astype(jnp.float32)

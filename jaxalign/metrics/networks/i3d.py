@@ -143,10 +143,9 @@ class I3D(nnx.Module):
         if video.shape[1] < MIN_FRAMES:
             raise ValueError(f"i3d: a clip needs at least {MIN_FRAMES} frames, this one has {video.shape[1]}")
         x = resize(video.astype(jnp.float32), (SIZE, SIZE), method="linear")
-        with jax.default_matmul_precision("highest"):  # scores are compared between machines
-            x = self.features(x.astype(self.conv3d_1a_7x7.conv3d.kernel.dtype))
-            x = nnx.avg_pool(x, (2, 7, 7))
-            return self.conv3d_0c_1x1.conv3d(x).astype(jnp.float32).mean((1, 2, 3))
+        x = self.features(x.astype(self.conv3d_1a_7x7.conv3d.kernel.dtype))
+        x = nnx.avg_pool(x, (2, 7, 7))
+        return self.conv3d_0c_1x1.conv3d(x).astype(jnp.float32).mean((1, 2, 3))
 
     def features(self, x: Float[Array, "b t h w 3"]) -> Float[Array, "b t2 h2 w2 d"]:
         """What stands in front of the last pool: an eighth of the frames, 1/32 of the rows and columns, 1,024 wide."""

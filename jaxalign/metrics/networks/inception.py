@@ -201,12 +201,11 @@ class Inception(nnx.Module):
         Source: torch-fidelity's feature '2048'; it sees whole numbers 0..255, so quantise what was generated.
         """
         x = (tensorflow1((images.astype(jnp.float32) + 1) * 127.5, SIZE) - 128) / 128
-        with jax.default_matmul_precision("highest"):  # scores are compared between machines
-            x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x.astype(self.fc.kernel.dtype)))
-            x = _halve(self.Conv2d_2b_3x3(x))
-            x = _halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
-            for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
-                x = getattr(self, f"Mixed_{name}")(x)
+        x = self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x.astype(self.fc.kernel.dtype)))
+        x = _halve(self.Conv2d_2b_3x3(x))
+        x = _halve(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
+        for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c"):
+            x = getattr(self, f"Mixed_{name}")(x)
         return x.astype(jnp.float32).mean((1, 2))
 
     def logits(self, images: Float[Array, "b h w 3"], *, biased: bool = True) -> Float[Array, "b 1008"]:
@@ -215,5 +214,5 @@ class Inception(nnx.Module):
 
     def classify(self, features: Float[Array, "b 2048"], *, biased: bool = True) -> Float[Array, "b 1008"]:
         """Class scores of features that are there already: one pass for FID and Inception Score."""
-        x = jnp.matmul(features, self.fc.kernel[...].astype(jnp.float32), precision="highest")
+        x = features @ self.fc.kernel[...].astype(jnp.float32)
         return x + self.fc.bias[...].astype(jnp.float32) if biased else x
