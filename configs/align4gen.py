@@ -17,7 +17,9 @@ diffusers has it). UCF-101 lies as it is published, with ucfTrainTestlist in it 
 second lists); SkyTimelapse as sky_train/ and sky_test/, FaceForensics as train/ and test/, folders of frames or videos.
 The paper measures UCF-101 on its test split, the other two on what they were trained on:
 
-python -m jaxalign.evaluate fvd --workdir RUN --split=train     # sky_l, ffs_l
+python -m jaxalign.evaluate fvd --workdir RUN --network videomaev2_g --weights vit_g_hybrid_pt_1200e_ssv2_ft.pth
+python -m jaxalign.evaluate fvd … --split=train                 # sky_l, ffs_l
+python -m jaxalign.evaluate fvd … --network i3d --weights i3d_torchscript.pt     # its table 7 alone: 180.06, 154.21
 
 `python -m jaxalign.precompute` with the same config stores what is frozen once: latents and tokens. SAM 2.1's tokens of
 1024 pixels are 33 MB a clip in bf16; `--what=latents,video` leaves the teachers in the run.
@@ -25,7 +27,8 @@ python -m jaxalign.evaluate fvd --workdir RUN --split=train     # sky_l, ffs_l
 Every ablation is one value:
 
     teachers          align4gen.py:ucf101_xl,teachers=dinov2_b      | sam21_hiera_bplus | videomae_v1_b | any + any
-    one MLP each      --config.align.fusion=heads                   the paper's 2-MLP: 307.63 beside 295.63
+    one MLP each      --config.align.fusion=heads                   the paper's 2-MLP: 307.63 beside 295.63,
+                                                                    both with --config.objective=flow
     depth             --config.align.depth=8                        0-based: 12 is the spatial block of the seventh pair
     temporal tap      --config.align.depth=13                       the temporal block of that pair
     γ                 --config.align.weight=0.5                     0: no alignment at all
@@ -33,7 +36,8 @@ Every ablation is one value:
     SAM's pixels      --config.teacher.beside.sam21_hiera_bplus.size=256     a sixteenth of the work, no resize
 
 After `teachers=` stand names of `python -m jaxalign.convert --list`, joined by +. The first is config.teacher, the
-others config.teacher.beside.NAME, where weights and settings are given.
+others config.teacher.beside.NAME, where weights and settings are given. Of the paper's teachers DUSt3R, SD3 and
+InternVL are not there.
 """
 
 import difflib
@@ -55,14 +59,14 @@ SETTINGS = {
 DEMO = [dict(name="efficientnet_lite0", size=128, stride=8), dict(name="efficientnet_lite0", size=256, stride=32)]
 
 _SMALL_SETS = dict(steps=200_000, optimizer=dict(grad_clip_from=20_000))
-# scale -> (scale of base.py, what differs). Depth is 12 in the XL's tables and 8 for the unconditional L; the
-# class-conditional L's is not said: 8 is the only one of an L [O].
+_UCF101 = dict(model=dict(num_classes=101, class_dropout=0.1))
+# scale -> (scale of base.py, what differs)
 SCALES = {
     "demo": ("demo", dict(objective="flow")),
-    "ucf101_l": ("vdit_l", dict(model=dict(num_classes=101, class_dropout=0.1), align=dict(depth=8))),
-    "ucf101_xl": ("vdit_xl", dict(model=dict(num_classes=101, class_dropout=0.1), align=dict(depth=12))),
-    "sky_l": ("vdit_l", _SMALL_SETS | dict(align=dict(depth=8), data=dict(hflip=False))),
-    "ffs_l": ("vdit_l", _SMALL_SETS | dict(align=dict(depth=8))),
+    "ucf101_l": ("vdit_l", _UCF101),
+    "ucf101_xl": ("vdit_xl", _UCF101),
+    "sky_l": ("vdit_l", _SMALL_SETS | dict(data=dict(hflip=False))),
+    "ffs_l": ("vdit_l", _SMALL_SETS),
 }
 
 
@@ -72,7 +76,7 @@ def get_config(point: str = "demo"):
     # γ is stated for text-to-video only [O].
     config = base.get_config(of_base, align=dict(method="align4gen", weight=0.5, resize=True, fusion="concat"))
     if scale != "demo":
-        config.update(objective="ddpm", learn_sigma=True, align=dict(projector=dict(hidden=2048)))
+        config.update(objective="ddpm", learn_sigma=True)
     config.update(layer)
     config.scale = scale
     first, *others = DEMO if scale == "demo" and not names else [_teacher(name) for name in names or PAPER]
@@ -108,7 +112,7 @@ def _read(point: str) -> tuple[str, list[str]]:
         if name not in TEACHERS:
             near = difflib.get_close_matches(name, TEACHERS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(TEACHERS)}"
-            raise ValueError(f"teachers={'+'.join(names)}: no teacher {name!r}; {hint}")
+            raise ValueError(f"no teacher {name!r}; {hint}")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"teachers={'+'.join(names)}: {twice[0]} is there twice")
+        raise ValueError(f"teacher {twice[0]} is there twice")
     return scale, names

@@ -18,8 +18,7 @@ _LATENTS_256 = dict(
     codec=dict(name="sd_kl"),
     data=dict(source="", num_frames=16, height=256, width=256, stride=3, workers=8),
     optimizer=dict(learning_rate=1e-4, schedule="constant", warmup_steps=0, grad_clip=0.1, grad_clip_from=100_000),
-    # The paper's "depth 12", read as the 0-based loop index of a pair's spatial block.
-    align=dict(depth=12),
+    align=dict(projector=dict(hidden=2048)),  # REPA's head (methods §1)
     sample=dict(steps=50, count=16, fps=8),
     checkpoint=dict(every=5_000),
     log_every=100,
@@ -75,8 +74,21 @@ SCALES = {
         "optimizer": _COGVIDEOX["optimizer"] | dict(learning_rate=1e-4),
         "lora": dict(rank=128, alpha=64),
     },
-    "vdit_l": {**_LATENTS_256, "steps": 1_000_000, "model": dict(preset="L", patch_size=2)},
-    "vdit_xl": {**_LATENTS_256, "steps": 200_000, "batch_size": 16, "model": dict(preset="XL", patch_size=2)},
+    # The paper's "depth 12" of XL and "depth 8" of the unconditional L, read as the 0-based loop index of a pair's
+    # spatial block. The class-conditional L's is not said: 8 is the only one of an L [O].
+    "vdit_l": {
+        **_LATENTS_256,
+        "steps": 1_000_000,
+        "model": dict(preset="L", patch_size=2),
+        "align": _LATENTS_256["align"] | dict(depth=8),
+    },
+    "vdit_xl": {
+        **_LATENTS_256,
+        "steps": 200_000,
+        "batch_size": 16,
+        "model": dict(preset="XL", patch_size=2),
+        "align": _LATENTS_256["align"] | dict(depth=12),
+    },
 }
 # Where CogVideoX's tokens (13 x 30 x 45) meet VideoMAE V2's (24 x 10 x 15), methods §2: the first frame, which the
 # causal VAE encodes alone, is left out, time is doubled, a convolution takes 3 x 3 tokens to one.
@@ -176,6 +188,7 @@ def _defaults() -> dict:
         ),
         align=dict(
             # none | repa | irepa | crepa | layersync | align4gen | trd | moalign | tsa | m_tsa
+            # iREPA's head is a convolution: irepa wants projector.hidden=0 and projector.conv=frame beside it
             method="none",
             weight=0.0,
             schedule="constant",  # of the weight: constant | linear | cosine | cutoff | similarity

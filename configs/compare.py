@@ -16,14 +16,12 @@ A method's weight is that of its own config at the scale demo; the teacher is Ef
 for all, the block is the same, and so are, seed by seed, the order of the clips, their times and their noise.
 """
 
-from configs import base, moalign, moalign_subspace, repa, trd, tsa
+from configs import align4gen, base, moalign, moalign_subspace, repa, trd, tsa
 
 DATA = {
     "gravity": dict(steps=2_400, data=dict(source="synthetic:gravity", stride=2, hflip=False)),
     "real": dict(steps=1_000, data=dict(source="demo", stride=2)),
 }
-# The second, coarser stage of the same network, as the two teachers of Align4Gen differ in what they are about.
-_TWO_STAGES = dict(method="align4gen", weight=0.5, resize=True)
 METHODS = {
     "baseline": lambda: base.get_config("demo"),
     "repa": lambda: repa.get_config("demo"),
@@ -31,7 +29,7 @@ METHODS = {
     "tsa": lambda: _changed(tsa.get_config("demo"), align=dict(method="tsa")),
     "m_tsa": lambda: tsa.get_config("demo"),
     "moalign": lambda: moalign.get_config("demo"),
-    "align4gen": lambda: base.get_config("demo", align=_TWO_STAGES),
+    "align4gen": lambda: base.get_config("demo", align=align4gen.get_config("demo").align.to_dict()),
     "motion_head": lambda: moalign_subspace.get_config("demo"),
 }
 
@@ -68,7 +66,7 @@ def get_config(point: str = "baseline,gravity"):
         parts = {name: parts[name] for name in ("precision", "data", "teacher", "sample_every", "eval_every")}
     config.update(parts)
     config.scale = f"{method},{data},size={size}"
-    if method == "align4gen":
+    if method == "align4gen":  # a coarser stage of the same network, as the paper's two differ in what they are about
         config.teacher.beside = dict(coarse=dict(name="efficientnet_lite0", size=config.teacher.size, stride=16))
     if method == "moalign":
         config.teacher.motion_head = f"{heads}/{data},size={size}/motion_head"
@@ -86,12 +84,12 @@ def _read(point: str) -> tuple[str, str, int, str]:
     method, data = [*names, "gravity"][:2] if names else ("", "")
     if len(names) > 2 or method not in METHODS or data not in DATA or set(options) - {"size", "heads"}:
         raise ValueError(
-            f"configs/compare.py:{point}: write METHOD,DATA[,size=N][,heads=FOLDER] with METHOD one of "
+            "after the colon write METHOD,DATA[,size=N][,heads=FOLDER] with METHOD one of "
             f"{', '.join(METHODS)} and DATA one of {', '.join(DATA)}"
         )
     size = options.get("size", "1")
     if not size.isdecimal() or not 1 <= int(size) <= 16:
-        raise ValueError(f"configs/compare.py:{point}: size={size}: write a whole number from 1 (two cores) to 16")
+        raise ValueError(f"size={size}: write a whole number from 1 (two cores) to 16")
     return method, data, int(size), options.get("heads", "runs/compare-heads")
 
 

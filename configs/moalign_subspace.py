@@ -40,8 +40,8 @@ SCALES = {
         data=dict(source="", num_frames=49, height=480, width=720, stride=0, short="pad", workers=8),
         teacher=dict(name="videomaev2_b", size=(160, 240), drop_first=True),
         motion=dict(flow=dict(name="raft_large")),
+        # AdamW as PyTorch has it when nothing but the rate is said, as here [O].
         optimizer=dict(learning_rate=1e-4, schedule="constant", weight_decay=0.01),
-        mesh=dict(data=-1),
         checkpoint=dict(every=1_000),
         log_every=100,
         sample_every=5_000,

@@ -58,5 +58,5 @@ def get_config(scale: str = "demo"):
         # nearly all parameters, so the one rate of a run follows them from base.py's: 1e-3 at 128, 1e-4 at XL's 1152.
         del config.optimizer.learning_rate, config.align.depth
         config.optimizer.learning_rate = tuned * tuned_at / width
-        config.align.depth = depth // 2  # where something is aligned: the papers' 12 of L's 24
+        config.align.depth = depth // 2  # where something is aligned: in the middle, near the paper's 12 of XL's 28
     return config

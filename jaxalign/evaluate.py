@@ -3,8 +3,8 @@ teachers before a run: `python -m jaxalign.evaluate teachers --teachers NAME[:se
 
 loss    held-out denoising loss by time, alignment distance (the run's own head), motion of samples beside real clips
 probe   how much of the teacher each student holds: the alignment distance on raw tapped tokens, through a fresh head
-        trained for each frozen student (same seed, data and steps), and through the run's own head. The first
-        --workdir with an alignment says which teacher, block and method.
+        trained for each frozen student (same seed, data and steps), and through the run's own head where that was
+        trained for it. The first --workdir with an alignment says which teacher, block and method.
 teachers  what frozen teachers see in videos (a file, a folder or `demo`), to choose one before spending GPU-days on
         it: IICR over k, spectrum and its gap Δ (Align4Gen), PCA maps, trajectories, X-T slices, flow
 motion  of a run of configs/moalign_subspace.py: R² of ridge probes of flow and colour, from its subspace and from as
@@ -39,7 +39,8 @@ from jaxalign.metrics.motion import motion_magnitude
 from jaxalign.training import comparison, evaluation, motion_report, outcomes, prompts, scoring, showing, subspaces
 from jaxalign.training import config as config_lib
 from jaxalign.training import probe as probe_lib
-from jaxalign.training.data_settings import clip_settings, split_batch
+from jaxalign.training.data_settings import clip_settings, counted, split_batch
+from jaxalign.training.restore import find_checkpoint
 from jaxalign.training.trained import open_run, read_config, whole
 
 SHOWN_CLIPS = 3  # clips that the pictures of `teachers` show
@@ -54,7 +55,7 @@ def loss(workdirs: Sequence[Path], *, weights: str = "ema", clips: int = 16, tim
         losses = evaluation.held_out_losses(run, trainable, batches, times=times)
         tokens = prompts.for_samples(config, batches)
         samples = showing.Sampler(run, config, tokens=tokens)(trainable["model"], run.frozen)
-        real = np.concatenate([motion_magnitude(batch["video"]) for batch in batches])
+        real = np.concatenate([motion_magnitude(batch["video"][: counted(batch)]) for batch in batches])
         row = {
             "run": workdir.name,
             "weights": weights,
@@ -80,21 +81,22 @@ def probe(
 ) -> list[dict]:
     """Two or three rows a run; see the module's docstring.
 
-    Raises ValueError when none of the runs aligns anything, or when two of them differ in their clips.
+    Raises ValueError when none of the runs aligns anything, or when they differ in clips, process or codec.
     """
-    aligned = next((w for w in workdirs if read_config(w).align.method != "none"), None)
+    configs = {str(w): read_config(w) for w in workdirs}
+    aligned = next((w for w, config in configs.items() if config.align.method != "none"), None)
     if aligned is None:
         raise ValueError(
             "probe: none of the runs aligns anything; give one that does, it says which teacher to ask for"
         )
-    base = whole(open_run(aligned, weights=weights))
-    for w in workdirs:
-        if clip_settings(read_config(w)) != clip_settings(base.config):
-            raise ValueError(f"probe: {w} has other clips ({clip_settings(read_config(w))}) than {aligned}")
+    for w, config in configs.items():
+        probe_lib.check_alike(w, config, aligned, configs[aligned])
+    places = {w: find_checkpoint(w) for w in configs}  # a run that still trains has another one soon
+    base = whole(open_run(aligned, weights=weights, checkpoint=places[aligned]))
     alignment = probe_lib.probed(base.run)
     sections = {name: base.config[name].to_dict() for name in ("align", "teacher")}
-    students = {w: whole(open_run(w, weights=weights, overrides=sections)).trainable["model"] for w in workdirs}
-    own_heads = {w: open_run(w, weights=weights).trainable["heads"] for w in workdirs}
+    asked = dict(weights=weights, overrides=sections)
+    students = {w: whole(open_run(w, checkpoint=places[w], **asked)).trainable["model"] for w in configs}
     batches = pipeline.batches(
         prompts.open_told(base.config),
         seed=seed + 1,
@@ -109,21 +111,20 @@ def probe(
             print(f"fresh heads, step {step}/{steps}: {shown}", flush=True)
 
     stream = batches.iterate()
-    named = {w.name: model for w, model in students.items()}
     options = dict(steps=steps, learning_rate=learning_rate, seed=seed, progress=progress)
-    fresh = probe_lib.fit_heads(base.run, named, stream, **options)
+    fresh = probe_lib.fit_heads(base.run, students, stream, **options)
     stream.close()
     held = held_out(base.config, clips)
     rows = []
     for w, model in students.items():
-        heads = {"fresh head": fresh[w.name]}
+        heads = {"fresh head": fresh[w]}
         if probe_lib.raw_tokens_compare(base.run, alignment):
             heads = {"no head (raw tokens)": {}} | heads
-        if alignment.name in own_heads[w]:
-            heads["own head"] = own_heads[w]
+        if probe_lib.asks_alike(configs[w], configs[aligned]):
+            heads["own head"] = open_run(w, weights=weights, checkpoint=places[w]).trainable["heads"]
         for kind, head in heads.items():
             measured = probe_lib.measure(base.run, {"model": model, "heads": head}, held, times=times)
-            row = {"run": w.name, "weights": weights, "read through": kind, "denoising": measured["denoising"]}
+            row = {"run": w, "weights": weights, "read through": kind, "denoising": measured["denoising"]}
             rows.append(row | {alignment.method: measured["aligned"]})
     _keep(workdirs[0] / "evaluate_probe.json", rows)
     return rows
@@ -291,16 +292,15 @@ def main(argv: list[str]) -> int:
         if not given.root:
             raise ValueError("--root is missing: give the --root of launch/sweep.py")
         if argv[1] == "compare":
-            named = {"samples": "count", "clips": "clips"}  # of which --count has another default here
-            print(compare(Path(given.root), **{k: given[v].value for k, v in named.items() if given[v].present}))
+            named = {"samples": "count", "clips": "clips"}  # whose defaults are others here
+            options = {k: given[v].value for k, v in named.items() if given[v].present}
+            print(compare(Path(given.root), weights=_ema_or_raw(given.weights), **options))
             return 0
         print(*(table(rows) for rows in scaling(Path(given.root)) if rows), sep="\n\n")
         return 0
     if not given.workdir:
         raise ValueError("--workdir is missing: give the folder of a run")
-    if given.weights not in ("ema", "raw"):
-        raise ValueError(f"--weights={given.weights}: write ema or raw")
-    options = dict(weights=given.weights, clips=given.clips)
+    options = dict(weights=_ema_or_raw(given.weights), clips=given.clips)
     if argv[1] != "motion":
         options["times"] = given.times
     if argv[1] == "probe":
@@ -309,11 +309,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _ema_or_raw(weights: str) -> str:
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"--weights={weights}: write ema or raw")
+    return weights
+
+
 def _scores_of_flags(word: str, given) -> list[dict]:
     if given.weights == "raw":
         raise ValueError("--weights=raw: here that is the network's file; the student's last weights are --student raw")
     names = ("videos", "real", "network", "count", "seed", "split", "sampler", "guidance_scale", "student", "frames")
-    names += ("stride", "videos_stride", "at_once")
+    names += ("stride", "videos_stride", "lists", "frame_rate", "at_once")
     options = {name: given[name].value for name in names}
     options |= dict(steps=given.sample_steps, size=teacher_report.parse_size(given.size))
     options |= dict(weights=None if given.weights == "ema" else given.weights)
@@ -340,24 +346,30 @@ def _teachers_of_flags(given) -> int:
 if __name__ == "__main__":
     flags.DEFINE_multi_string("workdir", [], "A run to look at; may be given several times.")
     flags.DEFINE_string(
-        "weights", "ema", "ema or raw: the averaged students or the last ones. teachers: NAME=FILE,... of their files."
+        "weights",
+        "ema",
+        "ema or raw: the averaged students or the last ones. teachers: NAME=FILE,... of their files. Scores: the "
+        "network's file.",
     )
     flags.DEFINE_integer("clips", 16, "Clips; of a run's the held-out ones.", lower_bound=1)
     flags.DEFINE_integer("times", 8, "Times of the process at which each clip is asked.", lower_bound=3)
     flags.DEFINE_integer("steps", 200, "probe: training steps of a fresh head.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-3, "probe: of a fresh head (Adam, cosine to zero).")
-    flags.DEFINE_integer("seed", 0, "probe: of the fresh heads and their data.")
+    flags.DEFINE_integer("seed", 0, "probe: of the fresh heads and their data. Scores: of the videos.")
     flags.DEFINE_string("root", "", "scaling, compare: the folder of a sweep's runs.")
     flags.DEFINE_string("teachers", "", "teachers: NAME[:setting=value...], several with commas between.")
-    flags.DEFINE_string("videos", "", "teachers: a video, a folder of videos, or a source (demo).")
-    flags.DEFINE_string("out", "runs/teachers", "teachers: the folder for CSV and pictures.")
-    flags.DEFINE_integer("frames", 16, "teachers: frames of a clip.", lower_bound=2)
-    flags.DEFINE_string("size", "256", "teachers: pixels of a clip, 256 or HEIGHTxWIDTH; each teacher resizes them.")
-    flags.DEFINE_integer("stride", 3, "teachers: frames of the video from one of the clip to the next.", lower_bound=1)
+    flags.DEFINE_string("videos", "", "teachers, scores: a file, a folder of videos, or a source (demo).")
+    flags.DEFINE_string(
+        "out", "runs/teachers", "teachers: the folder for CSV and pictures. Scores of --videos: for rows (runs/scores)."
+    )
+    both = "teachers, scores of --videos: "
+    flags.DEFINE_integer("frames", 16, both + "frames of a clip.", lower_bound=2)
+    flags.DEFINE_string("size", "256", both + "pixels of a clip, 256 or HEIGHTxWIDTH; each network resizes them.")
+    flags.DEFINE_integer("stride", 3, both + "frames of the video (--real's) from one of the clip to the next.", 1)
     flags.DEFINE_list("clusters", "2,4,8,16,32", "teachers: the numbers of clusters k of IICR.")
     flags.DEFINE_string("network", "", "Scores: i3d, videomaev2_g, inception, c3d, clip_vit_b32, efficientnet_lite0 …")
     flags.DEFINE_string("real", "", "fvd, fid: the source of the real videos; default: the run's own.")
-    flags.DEFINE_integer("count", 2048, "Scores: videos, generated and real.", lower_bound=2)
+    flags.DEFINE_integer("count", 2048, "Scores: videos, generated and real. compare: samples (128).", lower_bound=2)
     flags.DEFINE_string("split", "held_out", "fvd, fid: held_out or train, of the real videos.")
     flags.DEFINE_integer("sample_steps", 50, "Scores: calls of the student a video.", lower_bound=1)
     flags.DEFINE_string("sampler", "", "Scores: ddim, ddpm, dpm or euler; default: the process's first.")
@@ -367,4 +379,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("cache", "", "fvd, fid: folder of the real videos' statistics; default: in the user's cache.")
     flags.DEFINE_string("tokenizer", "", "clip: folder or BPE file for CLIP-T, where videos have captions.")
     flags.DEFINE_integer("videos_stride", 1, "Scores: frames of a video in --videos to the next.", lower_bound=1)
+    flags.DEFINE_integer("lists", None, "Scores of --videos: the number of UCF-101's lists in --real (1).", 1)
+    flags.DEFINE_float("frame_rate", None, "Scores of --videos: frames a second of folders of frames (25).")
     config_lib.run_verb(main)

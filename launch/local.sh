@@ -2,7 +2,8 @@
 # One machine with any number of GPUs, TPU chips, or none. Arguments go to jaxalign.main; the same command resumes.
 #
 #   launch/local.sh --config configs/tsa.py
-#   launch/local.sh --config configs/tsa.py:vdit_l --config.data.source=FOLDER --config.mesh.fsdp=8
+#   launch/local.sh --config configs/tsa.py:vdit_l --config.data.source=FOLDER --config.codec.weights=FOLDER \
+#       --config.mesh.fsdp=8
 #
 # The other launchers start this file on every machine, so that the flags below stand in one place only.
 # Settings, by environment:

@@ -2,10 +2,11 @@
 # A Cloud TPU slice of one or many VMs: the same command on every worker, which find each other by themselves.
 #
 #   NAME=my-v5p ZONE=us-east5-a launch/tpu_pod.sh --workdir /mnt/shared/runs/tsa --config configs/tsa.py:vdit_l \
-#       --config.data.source=/mnt/shared/clips
+#       --config.data.source=/mnt/shared/clips --config.codec.weights=/mnt/shared/vae
 #
-# Every worker needs this checkout at REPO with `pip install -e '.[tpu]'`, and a workdir that all see (Filestore, or a
-# bucket mounted by gcsfuse). SETUP=1 makes the checkout and installs it first, from URL.
+# Every worker needs this checkout at REPO with `pip install -e '.[demo,tpu]'` (the teacher's weights come with `demo`),
+# and a workdir that all see (Filestore, or a bucket mounted by gcsfuse). SETUP=1 makes the checkout and
+# installs it first, from URL.
 # Settings, by environment: NAME, ZONE, PROJECT (default: gcloud's), REPO (default ~/jaxalign), PYTHON, RESTARTS.
 set -euo pipefail
 
@@ -18,7 +19,7 @@ on_all() {
 
 if [[ ${SETUP:-0} == 1 ]]; then
     : "${URL:?SETUP=1 needs URL=the address of the repository}"
-    on_all "test -d $REPO || git clone $(printf %q "$URL") $REPO; cd $REPO && pip install -e '.[tpu]'"
+    on_all "test -d $REPO || git clone $(printf %q "$URL") $REPO; cd $REPO && pip install -e '.[demo,tpu]'"
 fi
 
 # Arguments are quoted once more, for the shell at the other end. --detect_cluster: outside of GKE the workers are told

@@ -10,8 +10,10 @@ import pytest
 
 from configs import base
 from jaxalign import evaluate, sample
+from jaxalign.metrics.motion import motion_magnitude
 from jaxalign.training import config as config_lib
 from jaxalign.training import loop
+from jaxalign.training.trained import read_config
 
 SMALL = dict(
     steps=2,
@@ -55,19 +57,27 @@ def test_evaluate_loss(runs):
     assert all(np.isfinite(row["denoising"]) and len(row["denoising_by_time"]) == 3 for row in rows)
     assert json.loads((runs / "plain" / "evaluate_loss.json").read_text()) == rows[1]
     assert evaluate.table(rows).count("\n") == 3
+    whole = evaluate.held_out(read_config(runs / "plain"), 3, at_once=3)  # batches are of two: one row fills the second
+    real = float(motion_magnitude(whole[0]["video"]).mean())
+    assert [row["motion_of_real_clips"] for row in rows] == [real, real]
 
 
 def test_evaluate_probe(runs):
-    rows = evaluate.probe([runs / "aligned", runs / "plain"], clips=2, times=3, steps=3)
+    same_name = [runs / "a" / "run", runs / "b" / "run"]
+    for path, there in zip(same_name, ("aligned", "plain"), strict=True):
+        path.parent.mkdir()
+        path.symlink_to(runs / there)
+    aligned, plain = map(str, same_name)
+    rows = evaluate.probe(same_name, clips=2, times=3, steps=3)
     kinds = [(row["run"], row["read through"]) for row in rows]
     assert kinds == [
-        ("aligned", "no head (raw tokens)"),
-        ("aligned", "fresh head"),
-        ("aligned", "own head"),
-        ("plain", "no head (raw tokens)"),
-        ("plain", "fresh head"),
+        (aligned, "no head (raw tokens)"),
+        (aligned, "fresh head"),
+        (aligned, "own head"),
+        (plain, "no head (raw tokens)"),
+        (plain, "fresh head"),
     ]
-    assert all(np.isfinite(row["m_tsa"]) for row in rows)
+    assert all(np.isfinite(row["m_tsa"]) for row in rows) and len({row["m_tsa"] for row in rows}) == len(rows)
     with pytest.raises(ValueError, match="none of the runs aligns anything"):
         evaluate.probe([runs / "plain"])
     with pytest.raises(FileNotFoundError, match="is no workdir"):

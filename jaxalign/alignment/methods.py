@@ -38,7 +38,10 @@ def repa(student, teacher, saliency, settings):
 
 
 def irepa(student, teacher, saliency, settings):
-    """iREPA (§1): the cosine, the teacher's tokens normalised per channel over the positions of a frame."""
+    """iREPA (§1): the cosine, the teacher's tokens normalised per channel over the positions of a frame.
+
+    It is iREPA whole with a convolution for a head: ProjectorConfig(hidden=0, conv="frame").
+    """
     teacher = _flat(teacher).astype(jnp.float32)
     mean, std = teacher.mean(axis=2, keepdims=True), teacher.std(axis=2, keepdims=True)
     return cosine_distance(_flat(student), (teacher - settings.mean_share * mean) / (std + 1e-6))

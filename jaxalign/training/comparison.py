@@ -5,6 +5,7 @@ far those are from the law of their world (synthetic:gravity) and from real clip
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from jaxalign.data import pipeline
 from jaxalign.figures import comparison as figure
+from jaxalign.interop import sealed
 from jaxalign.interop.sealed import write_atomic
 from jaxalign.metrics import features, motion_law
 from jaxalign.metrics.frechet import Moments, advice, frechet_distance, moments
@@ -23,12 +25,13 @@ from jaxalign.training import evaluation, prompts, showing
 from jaxalign.training.data_settings import clip_settings, split_batch
 from jaxalign.training.outcomes import Outcome
 from jaxalign.training.report import read_json
+from jaxalign.training.restore import step_folders
 from jaxalign.training.trained import open_run
 
 METHODS = ("baseline", "repa", "trd", "tsa", "m_tsa", "moalign", "align4gen")
 LAWFUL = "synthetic:gravity"  # the source whose motion can be judged
 REAL = "real clips"
-KEPT, DRAWN = "compare.json", "compare_samples.npy"
+KEPT = "compare.json"
 REFERENCE = 256  # held-out clips that the features of samples are compared with
 TIMES = 6
 AT_ONCE = 16
@@ -77,9 +80,12 @@ class Reference(NamedTuple):
 
 
 def data_of(config: ml_collections.ConfigDict) -> str:
-    """What a run sees, as the table names it."""
+    """What a run sees, as the table names it: all that decides the clips, what is seldom changed only if it is."""
     d = config.data
-    return f"{d.source}, {d.num_frames} × {d.height} × {d.width}"
+    parts = [d.source, f"{d.num_frames} × {d.height} × {d.width}", f"stride {d.stride}"]
+    seldom = {"short": "skip", "split": 1, "frame_rate": 25.0}  # older configs lack some
+    parts += [f"{name} {d[name]}" for name, usual in seldom.items() if d.get(name, usual) != usual]
+    return ", ".join(parts)
 
 
 def method_of(config: ml_collections.ConfigDict) -> str:
@@ -131,6 +137,7 @@ def _unequal(data: str, outcomes: Sequence[Outcome]) -> list[str]:
         "model": lambda c: json.dumps(c.model.to_dict(), sort_keys=True),
         "learning rate": lambda c: c.optimizer.learning_rate,
     }
+    asked |= {f"sample.{name}": lambda c, name=name: c.sample.get(name) for name in showing.SAMPLING}
     differing = [name for name, of in asked.items() if len({of(o.config) for o in outcomes}) > 1]
     return [f"{data}: the runs differ in {', '.join(differing)}, so rows do not compare"] if differing else []
 
@@ -182,19 +189,26 @@ def _ask(members: Sequence[Outcome], questions: Questions, reference: Reference,
     """The columns of each run of one group, which share what is compiled."""
     found, compiled = [], {}
     for outcome in members:
-        asked = {"questions": dataclasses.asdict(questions), "step": int(outcome.summary["step"]), "version": 1}
+        asked = {"questions": dataclasses.asdict(questions), "checkpoint": _checkpoint(outcome.workdir), "version": 2}
         kept = read_json(outcome.workdir / KEPT)
-        if kept.get("asked") != asked or not (outcome.workdir / DRAWN).is_file():
+        if kept.get("asked") != asked:
             say(f"{outcome.name}: {questions.samples} samples")
             values, videos = _measure(outcome, questions, compiled)
             values |= of_videos(videos, outcome.config)
             values["frechet"] = _distance(videos, reference.moments, reference.network)
-            with open(outcome.workdir / DRAWN, "wb") as file:
-                np.save(file, videos)
             kept = {"asked": asked, "values": values}
             write_atomic(outcome.workdir / KEPT, json.dumps(kept, indent=2) + "\n")
         found.append({name: float(value) for name, value in kept["values"].items()})
     return found
+
+
+def _checkpoint(workdir: Path) -> str | None:
+    """'step STEP, DIGEST' of a run's newest checkpoint, None without: trained again, the same step is another."""
+    for step in reversed(step_folders(workdir / "checkpoints")):
+        manifest = workdir / "checkpoints" / str(step) / sealed.NAME
+        if manifest.is_file():
+            return f"step {step}, {hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]}"
+    return None
 
 
 def _measure(outcome: Outcome, questions: Questions, compiled: dict) -> tuple[dict[str, float], np.ndarray]:

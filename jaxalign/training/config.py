@@ -21,6 +21,9 @@ NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every"
 # Fields that older runs lack, and what they were.
 _LATER = {"data.split": 1, "data.frame_rate": 25.0, "motion.kernel": 1, "motion.norm": False, "motion.unit": 1.0}
 
+# Of a teacher: texts that may be left out. A command line says so with the word None.
+_OPTIONAL_TEXTS = ("motion_head", "resize", "output")
+
 TASKS = ("denoising", "motion_subspace")
 METHODS = ("none", *methods.METHODS)
 _CHOICES = {
@@ -119,16 +122,16 @@ def _unknown_field(argv: list[str], text: str) -> str:
     return f"{given}: no such field" + (f"; did you mean {meant}?" if meant else "; --print_config lists them all")
 
 
-def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def resolve(config: ml_collections.ConfigDict, *, without_source: bool = False) -> ml_collections.ConfigDict:
     """A validated, frozen-in-meaning copy: no alignment is one thing, however it was said.
 
     `align.method = 'none'` and `align.weight = 0` are the same run, so both become method none with weight 0 and
-    nothing of the alignment reaches the compiled program.
+    nothing of the alignment reaches the compiled program. `without_source`: data.source may be empty still.
 
     Raises:
       ValueError: a field holds something that no run can have; the message names the field and the choices.
     """
-    config = ml_collections.ConfigDict(config.to_dict())
+    config = ml_collections.ConfigDict(_without_none(config.to_dict()))
     flat = flatten(config.to_dict())
     if missing := [field for field in (*_CHOICES, *_POSITIVE) if field not in flat]:
         raise ValueError(f"config.{missing[0]} is missing: another version of jaxalign made this config")
@@ -161,12 +164,24 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             f"config.batch_size = {config.batch_size} does not divide by optimizer.grad_accum = "
             f"{config.optimizer.grad_accum}"
         )
-    if not config.data.source:
+    if not config.data.source and not without_source:
         raise ValueError("config.data.source is empty: write --config.data.source=FOLDER, a folder of videos")
     if config.align.method == "none" or config.align.weight == 0:
         config.align.update(method="none", weight=0.0)
         config.align.beside = ml_collections.ConfigDict()  # weight 0 switches off all there is to align
     return config
+
+
+def _without_none(tree: Mapping) -> dict:
+    """The tree with None in place of the word where a text is optional: a command line can only say the word."""
+    said = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            value = _without_none(value)
+        elif name in _OPTIONAL_TEXTS and value in ("None", "none"):
+            value = None
+        said[name] = value
+    return said
 
 
 def flatten(tree: Mapping, prefix: str = "") -> dict:
@@ -224,7 +239,7 @@ def compare(stored: Mapping, config: ml_collections.ConfigDict) -> list[str]:
     if old_steps != config.steps and spans_the_run(config):
         raise ValueError(
             f"config.steps was {old_steps} here and is now {config.steps}, but a schedule of this run spans all its "
-            "steps: keep the number, or train longer from the start with optimizer.schedule = 'constant'"
+            "steps: keep the number, or give another --workdir for a run of its own"
         )
     flat_old, flat_new = flatten(stored), flatten(config.to_dict())
     return [
@@ -237,6 +252,6 @@ def compare(stored: Mapping, config: ml_collections.ConfigDict) -> list[str]:
 def spans_the_run(config: ml_collections.ConfigDict) -> bool:
     """Whether a learning-rate or alignment schedule is stretched over config.steps."""
     align = config.align
-    every = [align, *align.beside.values()]
-    stretched = any(a.get("schedule") in ("linear", "cosine", "cutoff") for a in every) and not align.schedule_steps
+    every = [align, *({**align, **changes} for changes in align.beside.values())]
+    stretched = any(a["schedule"] in ("linear", "cosine", "cutoff") and not a["schedule_steps"] for a in every)
     return config.optimizer.schedule != "constant" or (align.method != "none" and stretched)

@@ -15,6 +15,8 @@ from jaxalign.training.mesh import batch_sharding
 # (tasks/motion_subspace.py).
 BATCH_PARTS = ("video", "label", "tokens", "moments", "prompt", "teacher", "saliency", "motion")
 
+REPEATED = "repeated"  # bool [b] in a batch of `split_batch`
+
 
 def clip_settings(config: ml_collections.ConfigDict) -> dict[str, int | str]:
     """What a clip looks like, as the data functions take it."""
@@ -61,7 +63,18 @@ def abstract_batch(
 
 
 def split_batch(batch: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
-    """A batch in parts of `size` rows; the last part takes rows of the first again, so that all shapes are equal."""
+    """A batch in parts of `size` rows; the last part takes rows of the first again, so that all shapes are equal.
+
+    `repeated` in each says which those are: always the last, and what is measured on them does not count
+    (`counted`).
+    """
     count = len(batch["video"])
-    parts = [np.arange(k, k + size) % count for k in range(0, count, size)]
-    return [{name: values[rows] for name, values in batch.items()} for rows in parts]
+    parts = [np.arange(k, k + size) for k in range(0, count, size)]
+    return [
+        {name: values[rows % count] for name, values in batch.items()} | {REPEATED: rows >= count} for rows in parts
+    ]
+
+
+def counted(batch: Mapping[str, np.ndarray]) -> int:
+    """How many rows of a batch, from the first on, count: all that `split_batch` did not repeat."""
+    return len(batch["video"]) - int(np.sum(batch.get(REPEATED, 0)))

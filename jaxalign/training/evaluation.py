@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxalign.diffusion import fixed_times
-from jaxalign.training.data_settings import task_parts
+from jaxalign.training.data_settings import counted, task_parts
 from jaxalign.training.mesh import fetch
 from jaxalign.training.setup import Run
 
@@ -34,7 +34,8 @@ def held_out_losses(
 ) -> dict[str, np.ndarray]:
     """Mean losses by time, {name: [times]}, over the clips of `batches` (equal sizes, so one compilation).
 
-    Times are the middles of `times` equal parts of the process, smallest noise first. Raises ValueError without clips.
+    Clips that are there only to fill a batch do not count. Times are the middles of `times` equal parts of the
+    process, smallest noise first. Raises ValueError without clips.
     """
     held_out = compiled or make_held_out(run)
     fractions = fixed_times(times)
@@ -42,7 +43,8 @@ def held_out_losses(
     for batch in batches:
         noise = fixed_noise(run, clips, len(batch["video"]), seed)
         clips += len(batch["video"])
-        rows.append(fetch(held_out(trainable, run.frozen, on_device(batch), noise, fractions)))
+        found = fetch(held_out(trainable, run.frozen, on_device(batch), noise, fractions))
+        rows.append({name: values[:, : counted(batch)] for name, values in found.items()})
     if not rows:
         raise ValueError("there is no held-out clip to evaluate on: give a source with a longer or another video")
     return {name: np.concatenate([row[name] for row in rows], axis=1).mean(axis=1) for name in rows[0]}

