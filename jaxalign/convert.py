@@ -28,13 +28,14 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from jaxalign import teachers
+from jaxalign import codecs, teachers
 from jaxalign.interop import converted, diffusers_folder, lora_file, manifests, mapping, safetensors_file
 from jaxalign.interop.dtypes import is_floating
 from jaxalign.metrics import networks
 from jaxalign.models import cogvideox_folder, lora
 from jaxalign.training import config as config_lib
 from jaxalign.training import init_from, restore, setup, subspaces, trained
+from jaxalign.training import published as published_lib
 from jaxalign.training.data_settings import classes_of
 
 DTYPES = {"keep": "keep", "fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
@@ -109,7 +110,8 @@ def student_to_diffusers(
 
     published: where the other parts come from; None: the folder that the run's init_from.path or codec.weights names.
     `link`: symbolic links to them. `shard`: bytes of a weights file. Raises as `student_to_torch`, ValueError for a
-    student that diffusers has no folder for, FileNotFoundError without a whole published one.
+    student that diffusers has no folder for or whose training the other parts contradict, FileNotFoundError without a
+    whole published one.
     """
     saved = _open_saved(path, weights)
     name = saved.config.model.name
@@ -117,6 +119,7 @@ def student_to_diffusers(
         raise ValueError(f"diffusers has no folder for {name}; write --to torch, which has its upstream's names")
     converted.check_free(out)
     folder = _published(saved.config, published)
+    _refuse_others_parts(saved, folder)
     about = folder / "transformer" / "config.json"
     upstream = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None
     config = cogvideox_folder.upstream_from(saved.run.model_config, upstream)
@@ -190,6 +193,24 @@ def _published(config: Any, given: str | Path | None) -> Path:
         raise problems[0]
     first = str(problems[0]) if problems else "the run names no published folder, and the other parts are its"
     raise FileNotFoundError(f"{first}; or write --published FOLDER")
+
+
+def _refuse_others_parts(saved: _Saved, folder: Path) -> None:
+    """ValueError unless the folder's scheduler/ is the process that a student was trained for and its vae/ gives the
+    channels that it takes: the pipeline would draw noise, and say nothing."""
+    if differ := published_lib.other_process(folder, saved.run.task.process):
+        remedy = (
+            "write --published FOLDER, a copy of it with the run's numbers in scheduler/scheduler_config.json"
+            if saved.config.objective == "v"
+            else "no folder of CogVideoXPipeline is of the run's; write --to torch"
+        )
+        raise ValueError(f"{folder}: its scheduler/ says {differ}: {remedy}")
+    given, taken = codecs.abstract("cogvideox_2b", folder).config.latent_channels, saved.run.model_config.in_channels
+    if given != taken:
+        raise ValueError(
+            f"{folder}: its vae/ gives {given} channels, but the run's student takes {taken}: write --published FOLDER "
+            "with the vae/ that it was trained with, or --to torch"
+        )
 
 
 def _num_classes(folder: Path, source: str) -> int:

@@ -5,10 +5,11 @@ python -m jaxalign.sample --workdir runs/... --prompts FILE [--count 4] [--seed 
 python -m jaxalign.sample --folder CogVideoX-2b --prompt "a panda plays the guitar" --out videos
 
 The newest whole checkpoint of a run is taken, its averaged weights unless --weights raw. The same seed gives the same
-videos. Without prompts: an MP4 a clip, an MP4 grid of all and a PNG of film strips in WORKDIR/samples/seed_SEED (or
---out). Prompts (--prompts FILE, one a line; --prompt TEXT, as often as you like): an MP4 for each of --count seeds of
-each prompt, and index.jsonl, in WORKDIR/samples/prompts (or --out); the same command goes on where it was stopped, and
-several processes (--coordinator … or a launcher, as main) share the list.
+videos. Without prompts: an MP4 a clip, an MP4 grid of all and a PNG of film strips, in the place of those before, in
+WORKDIR/samples/step_STEP_WEIGHTS_seed_SEED (or --out). Prompts (--prompts FILE, one a line; --prompt TEXT, as often as
+you like): an MP4 for each of --count seeds of each prompt, and index.jsonl, in WORKDIR/samples/prompts (or --out); the
+same command goes on where it was stopped, and several processes share the list: --num_processes=N --process_id=K on
+each, or a launcher, as precompute.
 """
 
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ from pathlib import Path
 import jax
 from absl import flags
 
+from jaxalign import precompute
 from jaxalign.training import config as config_lib
 from jaxalign.training import processes, prompted, prompts, setup, showing
 from jaxalign.training.data_settings import classes_of
+from jaxalign.training.restore import find_checkpoint
 from jaxalign.training.trained import open_run, read_config
 
 
@@ -37,17 +40,22 @@ def draw(
     """Sample `count` videos of a run and return the files written, the grid first.
 
     `labels` are classes by name or number, taken in turn (none: all classes in turn). `settings` override the run's
-    own: sampler, steps, guidance_scale. Raises ValueError or FileNotFoundError, one line, for what does not fit.
+    own: sampler, steps, guidance_scale, fps. Raises ValueError or FileNotFoundError, one line, for what does not fit.
     """
     workdir = Path(workdir)
+    read_config(workdir)  # of a folder that is no workdir it says so
+    checkpoint = find_checkpoint(workdir)
     # No teacher is loaded: sampling asks none.
-    config, run, trainable = open_run(workdir, weights=weights, overrides={"align": {"method": "none"}})
+    unaligned = {"align": {"method": "none"}}
+    config, run, trainable = open_run(workdir, weights=weights, checkpoint=checkpoint, overrides=unaligned)
+    fps = settings.pop("fps", config.sample.fps)  # may be a fraction, which the config's field cannot
     config.sample.update(count=count, seed=seed, **settings)
     numbers = class_numbers(labels, config, run) if labels else None
-    out = Path(out) if out else workdir / "samples" / f"seed_{seed}"
+    name = f"step_{int(checkpoint.name):06d}_{weights}_seed_{seed}"
+    out = Path(out) if out else workdir / "samples" / name
     print(f"sampling {count} videos with the {'averaged (EMA)' if weights == 'ema' else 'raw'} weights into {out}")
     videos = showing.Sampler(run, config, labels=numbers)(trainable["model"], run.frozen, at_once=at_once)
-    return showing.write_samples(out, "all", videos, config.sample.fps, single=True)
+    return showing.write_samples(out, "all", videos, fps, single=True)
 
 
 def class_numbers(labels: Sequence[str], config, run) -> list[int]:
@@ -70,15 +78,17 @@ def draw_prompts(
     count: int = 1,
     seed: int = 0,
     at_once: int = 0,
+    share: tuple[int, int] = (0, 1),
     **changes,
 ) -> list[Path]:
     """`count` videos of each prompt from a run or a folder (`prompted.of_run`, `of_folder`); all their files.
 
-    `changes` override its own settings: sampler, steps, guidance_scale, dynamic_guidance, fps.
+    `share` as in `prompted.draw`. `changes` override its own settings: sampler, steps, guidance_scale,
+    dynamic_guidance, fps.
     """
     asked = prompted.ask(asked_prompts, count=count, seed=seed)
     print(f"sampling {len(asked)} videos of {len(asked_prompts)} prompts from {subject.name} into {out}")
-    return prompted.draw(subject, asked, out, at_once=at_once, **changes)
+    return prompted.draw(subject, asked, out, at_once=at_once, share=share, **changes)
 
 
 def main(argv: list[str]) -> int:
@@ -89,13 +99,15 @@ def main(argv: list[str]) -> int:
         raise ValueError(
             "give --workdir, the folder of a run (runs/tsa-demo-1a2b3c4d), or --folder, a published one (CogVideoX-2b)"
         )
-    processes.join(given.coordinator, given.num_processes, given.process_id, detect=given.detect_cluster)
+    share = precompute.share(given)
     names = ("sampler", "steps", "guidance_scale", "dynamic_guidance", "fps")
     changes = {k: given[k].value for k in names if given[k].value is not None}
     words = [*(prompted.read_prompts(given.prompts) if given.prompts else ()), *given.prompt]
     if given.folder is None and not setup.is_told_by_text(read_config(given.workdir)):
         if words:
             raise ValueError("--prompts: the student of this run is not told by text; --labels says classes")
+        if share[1] > 1:
+            raise ValueError("several processes share prompts only: sample from this run, which has none, with one")
         options = dict(weights=given.weights, seed=given.seed, labels=given.labels, out=given.out)
         paths = draw(given.workdir, count=given.count or 16, at_once=given.at_once or 4, **options, **changes)
         print("\n".join(map(str, paths[:2])))
@@ -110,9 +122,10 @@ def main(argv: list[str]) -> int:
         size = {name: given[name].value for name in ("num_frames", "height", "width")}
         subject = prompted.of_folder(given.folder, dtype=setup.DTYPES[precision], tiling=given.tiling, **size)
     out = Path(given.out) if given.out else Path(given.workdir or "runs/prompts") / "samples" / "prompts"
-    options = dict(count=given.count or 1, seed=given.seed, at_once=given.at_once)
-    paths = draw_prompts(subject, words, out, **options, **changes)
-    print("\n".join(map(str, paths[:8])))
+    options = dict(count=given.count or 1, seed=given.seed, at_once=given.at_once, share=share)
+    with processes.leaving_at_once():
+        paths = draw_prompts(subject, words, out, **options, **changes)
+    print("\n".join([str(path) for path in paths if path.is_file()][:8]))
     return 0
 
 
@@ -124,7 +137,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("prompts", None, "A file with a prompt a line.")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string(
-        "out", None, "Folder for the videos; default: WORKDIR/samples/seed_SEED or WORKDIR/samples/prompts."
+        "out",
+        None,
+        "Folder for the videos; default: WORKDIR/samples/step_STEP_WEIGHTS_seed_SEED or WORKDIR/samples/prompts.",
     )
     flags.DEFINE_enum("weights", "ema", ["ema", "raw"], "The averaged student or the last one.")
     flags.DEFINE_integer("count", 0, "How many videos, or how many of each prompt; 0: 16, or 1.", lower_bound=0)
@@ -141,7 +156,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("width", None, "With --folder: likewise.")
     flags.DEFINE_enum("precision", None, ["fp32", "bf16"], "With --folder; default: bf16, on a CPU fp32.")
     flags.DEFINE_bool("tiling", True, "With --folder: decode in tiles, which bounds the memory.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where there are several processes.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; only where processes have to know of each other.")
     flags.DEFINE_integer("num_processes", None, "How many processes share the prompts.")
     flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
     flags.DEFINE_bool("detect_cluster", False, "Ask JAX who the other processes are (TPU VMs outside of GKE).")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +131,21 @@ def test_batch_norms_counts_come_out_as_they_went_in(tmp_path, name, layout, cou
     half = convert.to_orbax(name, exported, tmp_path / "half", dtype="bf16")
     wanted = {key: value.bfloat16() if value.is_floating_point() else value for key, value in tensors.items()}
     same_file(convert.to_torch(name, half, tmp_path / "halved"), wanted)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, capfd):
+    """The storage library makes a ValueError of it, and prints it beside."""
+    network = nnx.Linear(512, 512, rngs=nnx.Rngs(0))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        with pytest.raises(OSError, match="cannot be written: File too large") as caught:
+            converted.write(tmp_path / "full", network, name="n", layout="", settings={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(tmp_path / "full") and list(tmp_path.iterdir()) == []
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_dtype_is_chosen(tmp_path):

@@ -1,6 +1,10 @@
 """A run's CogVideoX out: the whole folder that diffusers loads, LoRA files, and what is said when that cannot be."""
 
+import dataclasses
 import json
+import re
+import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +47,7 @@ def workdir(place, published, **lora_settings):
             codec=dict(name="cogvideox_2b", weights=str(published)),
             text=dict(encoder="t5_xxl", tokens=LENGTH),
             objective="v",
+            snr_shift=3.0,
             learn_sigma=False,
             data=SIZE,
             lora=lora_settings,
@@ -164,3 +169,41 @@ def test_nothing_half_written_and_what_is_missing_is_said(full, adapted, publish
     with pytest.raises(OSError, match="no space left"):
         convert.student_to_diffusers(place, tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["partly"]
+
+
+def test_other_parts_that_contradict_the_training_are_refused(full, published, tmp_path):
+    """What diffusers would sample otherwise, and silently; a run that starts there is told of it."""
+    place, run, _ = full
+
+    def changed(name, **fields):
+        """The run, had its config been another one."""
+        other = tmp_path / name
+        other.mkdir()
+        (other / "checkpoints").symlink_to(place / "checkpoints")
+        config = json.loads((place / "config.json").read_text()) | fields
+        (other / "config.json").write_text(json.dumps(config))
+        return other
+
+    for name, fields, differ, remedy in (
+        ("shift", dict(snr_shift=1.0), "snr_shift = 3.0 (the run's is 1.0)", "write --published FOLDER, a copy of it"),
+        ("flow", dict(objective="flow"), "objective = 'v' (the run's is 'flow')", "no folder .*; write --to torch"),
+    ):
+        other = changed(name, **fields)
+        with pytest.raises(ValueError, match=rf"its scheduler/ says {re.escape(differ)}: {remedy}"):
+            convert.student_to_diffusers(other, tmp_path / "x")
+        config = config_lib.resolve(convert.trained.read_config(other))
+        state, said = SimpleNamespace(trainable={"model": None}), []
+        asked = setup.build(config, abstract=True)
+        asked = dataclasses.replace(asked, task=dataclasses.replace(asked.task, lora=lora.LoRA(2, 2.0, "attn")))
+        assert init_from.begin(config, asked, state, say=said.append) is state
+        assert said == [f"note: by its scheduler/, {published} was trained with {differ}"]
+    config = config_lib.resolve(convert.trained.read_config(place))
+    assert init_from.note(config, run) == ""
+
+    wide = tmp_path / "wide"
+    shutil.copytree(published, wide)
+    about = json.loads((wide / "vae" / "config.json").read_text())
+    (wide / "vae" / "config.json").write_text(json.dumps(about | dict(latent_channels=8)))
+    with pytest.raises(ValueError, match=r"its vae/ gives 8 channels, but the run's student takes 4"):
+        convert.student_to_diffusers(place, tmp_path / "x", published=wide)
+    assert not (tmp_path / "x").exists()

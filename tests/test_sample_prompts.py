@@ -3,12 +3,14 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign import sample
 from jaxalign.diffusion import samplers
+from jaxalign.models import cogvideox_folder
 from jaxalign.training import prompted, published
 
 torch = pytest.importorskip("torch")
@@ -83,6 +85,115 @@ def test_videos_equal_diffusers(name, folders, monkeypatch, tmp_path, capsys):
     assert "2 of 2 videos are in" in capsys.readouterr().out and len(found) == 2
     with pytest.raises(ValueError, match=r"was drawn with steps = 4, not 5: give another --out"):
         sample.draw_prompts(subject, prompts, tmp_path, **changes | dict(steps=5))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Black videos in place of drawn ones; the prompts of each call that drew."""
+    calls = []
+
+    def videos(subject, asked, **_):
+        calls.append([a.prompt for a in asked])
+        return ((a, np.zeros((2, 4, 4, 3))) for a in asked)
+
+    monkeypatch.setattr(prompted, "videos", videos)
+    monkeypatch.setattr(prompted, "to_uint8", lambda x: x.astype(np.uint8))
+    return calls
+
+
+def test_a_video_of_another_size_precision_or_export_is_not_taken(folders, undrawn, tmp_path):
+    _, folder = folders["ddim"]
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(folder, other)
+    asked = prompted.ask(["cat"])
+
+    def draw(**options):
+        prompted.draw(prompted.of_folder(other, **SIZE | options), asked, out, say=lambda line: None)
+
+    draw()
+    draw()
+    assert len(undrawn) == 1
+    for changed, said in (
+        (dict(num_frames=1), "num_frames = 9, not 1"),
+        (dict(height=16), "height = 8, not 16"),
+        (dict(width=8), "width = 16, not 8"),
+        (dict(dtype=jnp.bfloat16), "dtype = 'float32', not 'bfloat16'"),
+        (dict(tiling=False), "tiling = True, not False"),
+    ):
+        with pytest.raises(ValueError, match=f"was drawn with {said}: give another --out"):
+            draw(**changed)
+    index = out / "index.jsonl"
+    row = json.loads(index.read_text())
+    index.write_text(json.dumps({k: v for k, v in row.items() if k not in (*SIZE, "dtype")}) + "\n")
+    with pytest.raises(ValueError, match="by a version that did not write down its num_frames: give another --out"):
+        draw()
+    index.write_text(json.dumps(row) + "\n")
+    draw()
+    for part in ("transformer", "vae"):  # another export under the same path
+        (weights,) = (other / part).glob("*.safetensors")
+        kept = weights.read_bytes()
+        weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(ValueError, match=rf"was drawn with {part} = '[\d,]+ bytes, \w+', not '"):
+            draw()
+        weights.write_bytes(kept)
+    draw()
+    assert len(undrawn) == 1
+
+
+SUBJECT = prompted.Subject("a run", {}, None, (), 0, None, None, dict(steps=1, fps=8))
+
+
+def test_processes_share_the_list_and_none_waits_for_one_without_work(undrawn, tmp_path, monkeypatch):
+    said = []
+    (one,) = prompted.ask(["cat"])
+    options = dict(say=said.append)
+    assert prompted.draw(SUBJECT, [one], tmp_path / "one", share=(1, 2), **options) == [tmp_path / "one" / one.file]
+    assert undrawn == [] and said == ["0 of 1 videos are there; the others are other processes'"]
+    with pytest.raises(ValueError, match=r"--process_id=2: the processes are 0 … 1"):
+        prompted.draw(SUBJECT, [one], tmp_path, share=(2, 2))
+
+    # Who know of each other stay until all is there: whoever left would end the others.
+    asked = prompted.ask(["a", "b", "c"])
+
+    def meanwhile(seconds):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "process_count", lambda: 1)
+            prompted.draw(SUBJECT, asked, tmp_path, share=(1, 2), **options)
+
+    monkeypatch.setattr(prompted.time, "sleep", meanwhile)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    files = prompted.draw(SUBJECT, asked, tmp_path, share=(0, 2), **options)
+    assert undrawn == [["a", "c"], ["b"]] and all(file.is_file() for file in files)
+    indices = sorted(path.name for path in tmp_path.glob("index*"))
+    assert indices == ["index-00000-of-00002.jsonl", "index-00001-of-00002.jsonl"]
+    prompted.draw(SUBJECT, asked, tmp_path, **options)
+    assert len(undrawn) == 2
+
+
+def test_a_torn_line_of_the_index_does_not_take_the_next_with_it(undrawn, tmp_path):
+    asked = prompted.ask(["küche", "cat", "dog"])
+    index, quiet = tmp_path / "index.jsonl", dict(say=lambda line: None)
+    prompted.draw(SUBJECT, asked[:1], tmp_path, **quiet)
+    whole = index.read_bytes()
+    index.write_bytes(whole + whole[: whole.index("ü".encode()) + 1])  # the disk was full in the middle of a letter
+    for _ in range(2):
+        prompted.draw(SUBJECT, asked, tmp_path, **quiet)
+    assert undrawn == [["küche"], ["cat", "dog"]]
+
+
+def test_a_folder_that_names_no_size_is_drawn_at_upstreams(folders, tmp_path):
+    """CogVideoX 1.5's config.json says 300x300, which is the size of a table."""
+    _, folder = folders["ddim"]
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    path = other / "transformer" / "config.json"
+    about = json.loads(path.read_text())
+    table = dict(patch_size_t=2, patch_bias=False, sample_height=300, sample_width=300, sample_frames=81)
+    path.write_text(json.dumps(about | table | dict(use_rotary_positional_embeddings=True)))
+    assert cogvideox_folder.usual_size(about) == (2, 4) and cogvideox_folder.usual_size({}) == (60, 90)
+    assert [8 * length for length in cogvideox_folder.usual_size(table)] == [768, 1360]
+    assert published.describe(other).video_shape == (81, 4 * 96, 4 * 170)  # its vae/ divides by 4
+    assert published.describe(other, height=8).video_shape == (81, 8, 4 * 170)
 
 
 def test_the_scheduler_of_a_folder_is_taken(folders):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from configs import base
 from jaxalign import evaluate, sample
 from jaxalign.metrics.motion import motion_magnitude
 from jaxalign.training import config as config_lib
-from jaxalign.training import loop
+from jaxalign.training import loop, showing
 from jaxalign.training.trained import read_config
 
 SMALL = dict(
@@ -44,10 +45,31 @@ def test_sample_is_repeatable_and_says_which_weights(runs, tmp_path, capsys):
     assert [p.name for p in paths] == ["all.mp4", "all.png", "0000.mp4", "0001.mp4", "0002.mp4"]
     for one, two in zip(paths, again, strict=True):
         assert one.read_bytes() == two.read_bytes()
-    sample.draw(runs / "aligned", out=tmp_path / "c", weights="raw", count=1)
+    paths = sample.draw(runs / "aligned", weights="raw", count=1, fps=12.5)
     assert "raw weights" in capsys.readouterr().out
+    assert paths[0] == runs / "aligned" / "samples" / "step_000002_raw_seed_0" / "all.mp4"
+    with av.open(str(paths[0])) as container:
+        assert container.streams.video[0].average_rate == 12.5
     with pytest.raises(ValueError, match=r"'dance' is no class of this run; write 0..1 or drift, gravity"):
         sample.draw(runs / "plain", labels=["dance"])
+
+
+def test_fewer_videos_leave_none_of_those_before(tmp_path):
+    """Of what was written here; a folder that holds other videos keeps them."""
+    videos = np.zeros((3, 2, 128, 128, 3), np.uint8)
+    others = ["0007.mp4", "0001.png", "00002.mp4", "clip.mp4"]
+    for name in others:
+        (tmp_path / name).touch()
+    showing.write_samples(tmp_path, "all", videos, 8, single=True)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *others,
+        "all.mp4",
+        "all.png",
+        *(f"000{k}.mp4" for k in range(3)),
+    }
+    showing.write_samples(tmp_path, "all", videos[:1], 8, single=True)
+    others.remove("0007.mp4")
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "all.mp4", "all.png", "0000.mp4"}
 
 
 def test_evaluate_loss(runs):

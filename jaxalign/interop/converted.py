@@ -10,7 +10,10 @@ The folder gets its name when everything is in it: one that is there is whole.
 
 import gc
 import json
+import logging
 import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,14 +69,35 @@ def write(folder: str | Path, module: Any, *, kept: mapping.Arrays | None = None
     arrays = dict(mapping.named_leaves(module)[0])
     leaves = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in arrays.items()}
     with sealed.whole_folder(folder) as temporary:
-        with _orbax() as checkpointer:  # whole leaves: cut into chunks, they would be copied all at once
-            checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
+        logging.getLogger("absl").addFilter(_hide_orbax)
+        try:
+            with _orbax() as checkpointer:  # whole leaves: cut into chunks, they would be copied all at once
+                checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # the storage library makes a ValueError of a full disk
+            raise _as_os_error(error, folder) from error
+        finally:
+            logging.getLogger("absl").removeFilter(_hide_orbax)
         text = json.dumps({"format": FORMAT, **about, "kept": sorted(kept or {}), "leaves": leaves}, indent=1)
         (temporary / NOTE).write_text(text + "\n", encoding="utf-8")
         if kept:
             safetensors_file.write(temporary / KEPT, kept)
         sealed.write_manifest(temporary)
     return folder
+
+
+def _hide_orbax(record: logging.LogRecord) -> bool:
+    """A log filter: Orbax prints the traceback of an error that it also raises; ours is one line."""
+    return "orbax" not in record.pathname or record.levelno > logging.ERROR
+
+
+def _as_os_error(error: Exception, folder: Path) -> OSError:
+    """What the storage library raised when writing failed, in the system's words where it has them."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"os_error_code='(\d+)'", text):
+        return OSError(int(found[1]), f"cannot be written: {os.strerror(int(found[1]))}", str(folder))
+    return OSError(f"{folder}: cannot be written: {type(error).__name__}: {text[:200]}")
 
 
 def check_free(folder: str | Path) -> Path:

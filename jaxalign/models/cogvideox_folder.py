@@ -7,6 +7,7 @@ from typing import Any
 from jaxalign.models.cogvideox import CogVideoXConfig
 
 CLASS = "CogVideoXTransformer3DModel"
+TABLE = (300, 300)  # sample_height, sample_width of 1.5
 
 # What the module is built as, whatever is trained; a folder that says otherwise is another network.
 _SAME = dict(
@@ -57,6 +58,15 @@ def settings_from(upstream: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def usual_size(upstream: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) in latents of the videos that a folder draws where nobody says.
+
+    The 300x300 of 1.5 is the size of a table that positions are cut from, and no video's.
+    """
+    size = upstream.get("sample_height", 60), upstream.get("sample_width", 90)
+    return (96, 170) if upstream.get("patch_size_t") is not None and size == TABLE else size
+
+
 def upstream_from(config: CogVideoXConfig, published: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """diffusers' transformer/config.json, every field, of a model; `published` is that of the folder it started from.
 
@@ -65,7 +75,7 @@ def upstream_from(config: CogVideoXConfig, published: Mapping[str, Any] | None =
     """
     sizes = dict(sample_height=60, sample_width=90, sample_frames=49, temporal_compression_ratio=4, patch_bias=True)
     if config.patch_size_t is not None:
-        sizes |= dict(sample_height=300, sample_width=300, sample_frames=81, patch_bias=False)
+        sizes |= dict(sample_height=TABLE[0], sample_width=TABLE[1], sample_frames=81, patch_bias=False)
     sizes |= {name: value for name, value in (published or {}).items() if name in sizes}
     if config.patch_size_t is None and config.positions == "rotary":
         sizes |= dict(sample_height=config.sample_size[0], sample_width=config.sample_size[1])

@@ -163,6 +163,8 @@ def stored(maker: Maker, dtype: Any) -> Callable:
 
 def claim(folder: Folder, makers: Sequence[Maker], options: Options, say: Callable[[str], None]) -> dict[str, Series]:
     """{name: series} as they stand in the folder, new ones written down. Raises ValueError for other contents there."""
+    if not makers:  # prompts alone, of a folder that holds the videos
+        return {}
     f = folder.clips.fields
     video = jax.ShapeDtypeStruct((1, f["data.num_frames"], f["data.height"], f["data.width"], 3), np.uint8)
     shapes = {}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,20 +25,23 @@ from jaxalign.figures import video as video_files
 from jaxalign.tasks.aligning import cast
 from jaxalign.tasks.denoising import DenoisingTask
 from jaxalign.training import config as config_lib
+from jaxalign.training import contents, setup, trained
 from jaxalign.training import prompts as prompts_lib
 from jaxalign.training import published as published_lib
-from jaxalign.training import setup, trained
 from jaxalign.training.mesh import batch_sharding, make_mesh, replicate, replicated
 from jaxalign.training.restore import find_checkpoint
 from jaxalign.training.showing import SAMPLING, to_uint8
 
 ENCODED_AT_ONCE = 8
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a published folder: what a video is of
+_ANOTHER = "give another --out"
 
 
 class Subject(NamedTuple):
     """Something to sample from: a run or a published folder."""
 
     name: str  # what distinguishes it from others, for the index
+    about: dict[str, Any]  # and what else its videos depend on, for the index too
     task: DenoisingTask
     latent_shape: tuple[int, int, int, int]
     extra: int  # latent frames in front that are dropped before decoding
@@ -77,8 +81,9 @@ def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
 
     s = config.sample
     settings = {name: s[name] for name in SAMPLING} | {"steps": s.steps, "fps": s.fps}
+    # A workdir's config never changes, so the step says everything.
     name = f"{weights} of {Path(workdir).resolve()}, step {checkpoint.name}"
-    return Subject(name, task, run.latent_shape, 0, embed, load, settings)
+    return Subject(name, {}, task, run.latent_shape, 0, embed, load, settings)
 
 
 def of_folder(path: str | Path, **size: Any) -> Subject:
@@ -97,7 +102,11 @@ def of_folder(path: str | Path, **size: Any) -> Subject:
         return published_lib.load(found, sharding=replicated(mesh))
 
     settings = dict(sampler=found.sampler, guidance_scale=6.0, dynamic_guidance=False, steps=50, fps=8)
-    return Subject(f"folder {Path(path).resolve()}", found.task, found.latent_shape, found.extra, embed, load, settings)
+    about = dict(zip(("num_frames", "height", "width"), found.video_shape, strict=True))
+    about |= dict(dtype=jnp.dtype(dtype).name, tiling=found.codec.config.tiling)
+    about |= {part: contents.weights_identity(Path(path) / part) for part in PARTS}  # another export may lie there
+    name = f"folder {Path(path).resolve()}"
+    return Subject(name, about, found.task, found.latent_shape, found.extra, embed, load, settings)
 
 
 def ask(prompts: Sequence[str], *, count: int = 1, seed: int = 0) -> list[Asked]:
@@ -117,29 +126,39 @@ def draw(
     out: str | Path,
     *,
     at_once: int = 0,
+    share: tuple[int, int] = (0, 1),
     say: Callable[[str], None] = print,
     **changes: Any,
 ) -> list[Path]:
     """Write the videos that are asked for and not there yet into `out`; the files of all of them, in order.
 
-    `at_once`: videos in a batch (0: one a device). `changes` override the subject's settings. `out`/index.jsonl has a
-    line a video: file, prompt, seed, settings. Raises ValueError when a file there was drawn from something else.
+    `at_once`: videos in a batch (0: one a device). `share` (k, n): of n processes this is number k, which draws every
+    n-th video from the k-th on. `changes` override the subject's settings. `out`/index.jsonl has a line a video: file,
+    prompt, seed, what it was drawn from, settings. Raises ValueError when a file there was drawn from something else.
+    Of processes that know of each other (jax.distributed) each returns when all are done.
     """
-    out = Path(out)
+    out, (this, count) = Path(out), share
+    if not 0 <= this < count:
+        raise ValueError(f"--process_id={this}: the processes are 0 … {count - 1}")
     out.mkdir(parents=True, exist_ok=True)
     settings = subject.settings | changes
-    rows = {a.file: dict(file=a.file, prompt=a.prompt, seed=a.seed, of=subject.name, **settings) for a in asked}
+    of = dict(of=subject.name, **subject.about)
+    rows = {a.file: dict(file=a.file, prompt=a.prompt, seed=a.seed, **of, **settings) for a in asked}
     missing = _not_there(out, rows)
     # By place in the whole list: another process may look at the folder later, when more is there.
-    mine = [a for k, a in enumerate(asked) if k % jax.process_count() == jax.process_index() and a.file in missing]
+    mine = [a for k, a in enumerate(asked) if k % count == this and a.file in missing]
     if len(missing) < len(rows):
         say(f"{len(rows) - len(missing)} of {len(rows)} videos are in {out} already")
     if mine:
         fps = settings.pop("fps")
         for number, (a, clip) in enumerate(videos(subject, mine, at_once=at_once, say=say, **settings), 1):
             video_files.write_mp4(out / a.file, to_uint8(clip), fps)  # under a temporary name until it is whole
-            _append(out, rows[a.file])
+            _append(_index(out, share), rows[a.file])
             say(f"{number}/{len(mine)}  {out / a.file}")
+    while jax.process_count() > 1 and _not_there(out, rows):
+        time.sleep(1)  # leaving early would end the others: jax.distributed is shut down together
+    if count > 1 and (theirs := _not_there(out, rows)):
+        say(f"{len(rows) - len(theirs)} of {len(rows)} videos are there; the others are other processes'")
     return [out / a.file for a in asked]
 
 
@@ -207,15 +226,20 @@ def _slug(prompt: str) -> str:
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}".lstrip("-")
 
 
-def _index(out: Path) -> Path:
+def _index(out: Path, share: tuple[int, int]) -> Path:
     """This process's index; one file a process, for a shared folder need not append from two machines in order."""
-    several = f"-{jax.process_index():05d}-of-{jax.process_count():05d}" if jax.process_count() > 1 else ""
+    several = f"-{share[0]:05d}-of-{share[1]:05d}" if share[1] > 1 else ""
     return out / f"index{several}.jsonl"
 
 
-def _append(out: Path, row: dict[str, Any]) -> None:
-    with open(_index(out), "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _append(index: Path, row: dict[str, Any]) -> None:
+    """A line at the end of an index; the half one of a process that was killed, or whose disk was full, ends first."""
+    with open(index, "a+b") as file:
+        torn = b""
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = b"" if file.read() == b"\n" else b"\n"
+        file.write(torn + json.dumps(row, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -224,7 +248,7 @@ def _not_there(out: Path, rows: dict[str, dict[str, Any]]) -> set[str]:
     """The files that are still to be drawn: those that are not there, or that no line of the index vouches for."""
     known = {}
     for path in sorted(out.glob("index*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):  # a torn line may end inside of a character
             try:
                 row = json.loads(line)
                 known[row["file"]] = row
@@ -234,8 +258,15 @@ def _not_there(out: Path, rows: dict[str, dict[str, Any]]) -> set[str]:
     for file, row in rows.items():
         if not (out / file).is_file() or file not in known:
             missing.add(file)
-        elif known[file] != json.loads(json.dumps(row)):
-            other = next(k for k in row if known[file].get(k) != json.loads(json.dumps(row[k])))
-            there = f"{other} = {known[file].get(other)!r}"
-            raise ValueError(f"{out / file} was drawn with {there}, not {row[other]!r}: give another --out")
+            continue
+        here, there = json.loads(json.dumps(row)), known[file]
+        different = [k for k in here | there if k not in here or k not in there or here[k] != there[k]]
+        if not different:
+            continue
+        name = different[0]
+        if name in here and name in there:
+            raise ValueError(f"{out / file} was drawn with {name} = {there[name]!r}, not {here[name]!r}: {_ANOTHER}")
+        if name in there:
+            raise ValueError(f"{out / file} was drawn with {name} = {there[name]!r}, which is not asked: {_ANOTHER}")
+        raise ValueError(f"{out / file} was drawn by a version that did not write down its {name}: {_ANOTHER}")
     return missing

@@ -3,6 +3,7 @@
 FOLDER/model_index.json, transformer/, vae/, text_encoder/, tokenizer/, scheduler/scheduler_config.json
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from flax import nnx
 
 from jaxalign import codecs
 from jaxalign.codecs import folder as parts
-from jaxalign.diffusion import VPrediction
+from jaxalign.diffusion import PROCESSES, VPrediction
 from jaxalign.interop import mapping
 from jaxalign.models import cogvideox, cogvideox_folder
 from jaxalign.tasks.denoising import DenoisingTask
@@ -45,6 +46,7 @@ class Published(NamedTuple):
     sampler: str
     model_config: cogvideox.CogVideoXConfig
     codec: Any  # abstract
+    video_shape: tuple[int, int, int]  # frames, height, width
     latent_shape: tuple[int, int, int, int]
     extra: int  # latent frames that 1.5 draws in front, to fill its last patch, and that are dropped
     folder: Path
@@ -76,6 +78,19 @@ def read_scheduler(path: str | Path) -> Process:
     return Process(process, SAMPLERS[kind])
 
 
+def other_process(path: str | Path, process: Any) -> str:
+    """How the process of a folder's scheduler/ and that of a run differ, in words with both; '' where they are one.
+
+    Raises as `read_scheduler`.
+    """
+    theirs = read_scheduler(path).process
+    if not isinstance(process, VPrediction):
+        objective = next(name for name, kind in PROCESSES.items() if isinstance(process, kind))
+        return f"objective = 'v' (the run's is {objective!r})"
+    both = [(f.name, getattr(theirs, f.name), getattr(process, f.name)) for f in dataclasses.fields(VPrediction)]
+    return ", ".join(f"{name} = {there!r} (the run's is {here!r})" for name, there, here in both if there != here)
+
+
 def describe(
     path: str | Path,
     *,
@@ -87,6 +102,7 @@ def describe(
 ) -> Published:
     """What a folder holds, for clips of a size (default: that of its training); no weights are read.
 
+    CogVideoX 1.5 names no size and is drawn at 768x1360, as by upstream's command (CogVideo, inference/cli_demo.py).
     Raises ValueError or FileNotFoundError, one line: another model's folder, parts that are not there, a size that does
     not divide (the nearest is said).
     """
@@ -100,20 +116,19 @@ def describe(
     process, sampler = read_scheduler(path)
     codec = codecs.abstract("cogvideox_2b", path, tiling=tiling)
     side, patch = codec.config.side_factor, settings["patch_size"]
-    size = (
-        height or upstream.get("sample_height", 60) * side,
-        width or upstream.get("sample_width", 90) * side,
-    )
+    usual = [length * side for length in cogvideox_folder.usual_size(upstream)]
+    size = (height or usual[0], width or usual[1])
     if any(length % (side * patch) for length in size):
         near = "x".join(str(max(1, round(length / side / patch)) * side * patch) for length in size)
         raise ValueError(f"{size[0]}x{size[1]}: height and width must be multiples of {side * patch}; write {near}")
-    t, h, w, c = codec.latent_shape((num_frames or upstream.get("sample_frames", 49), *size))
+    video_shape = (num_frames or upstream.get("sample_frames", 49), *size)
+    t, h, w, c = codec.latent_shape(video_shape)
     extra = -t % (settings["patch_size_t"] or 1)
     config = cogvideox.CogVideoXConfig(input_size=(h, w), num_frames=t + extra, **settings)
     if config.in_channels != c:
         raise ValueError(f"{path}: its transformer takes {config.in_channels} channels, but its vae/ gives {c}")
     task = DenoisingTask(process=process, text=True, dtype=dtype)
-    return Published(task, sampler, config, codec, (t + extra, h, w, c), extra, path)
+    return Published(task, sampler, config, codec, video_shape, (t + extra, h, w, c), extra, path)
 
 
 def load(published: Published, *, sharding: Any = None) -> tuple[Any, Any]:

@@ -44,15 +44,20 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=tuple(leaf.shape), dtype=leaf.dtype)
 
 
-def read(checkpointer: ocp.AsyncCheckpointer, folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of a checked checkpoint by their names on disk, in the types and shardings of `wanted`."""
+def read(
+    reader: ocp.AsyncCheckpointer | ocp.PyTreeCheckpointHandler, folder: Path, wanted: dict[str, Any]
+) -> dict[str, Any]:
+    """The leaves of a checked checkpoint by their names on disk, in the types and shardings of `wanted`.
+
+    Of several processes all have to come with a checkpointer, for it ends in a barrier; with a handler each may alone.
+    """
     filled = {name: leaf for name, leaf in wanted.items() if 0 not in signature(leaf)[1]}
     args = {name: _restore_args(leaf) for name, leaf in filled.items()}
     item = dict.fromkeys(filled, 0)
     found = {}
     if filled:
         arguments = ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
-        found = checkpointer.restore(folder / "state", args=arguments)
+        found = reader.restore(folder / "state", args=arguments)
     for name, leaf in wanted.items():
         if name not in found:  # Orbax refuses arrays without elements; their shape says everything
             found[name] = np.zeros(leaf.shape, leaf.dtype)
@@ -123,8 +128,8 @@ def load_params(
 
     `path` is as in `find_checkpoint`; `source` is a part of the saved state: 'ema', 'trainable.model'. Leaves
     are arrays or ShapeDtypeStructs (their dtype and sharding are followed); the others come back as they are.
-    Returns the tree and the names that were filled. Raises FileNotFoundError without a whole checkpoint,
-    ValueError when leaves are missing there or differ in shape, or when the regex finds nothing.
+    Returns the tree and the names that were filled; no process waits for another. Raises FileNotFoundError without a
+    whole checkpoint, ValueError when leaves are missing there or differ in shape, or when the regex finds nothing.
     """
     leaves = named_leaves(params)
     wanted = {name: leaf for name, leaf in leaves.items() if re.search(pattern, name)}
@@ -134,8 +139,11 @@ def load_params(
     folder = find_checkpoint(path, say=say)
     on_disk = {f"{source}.{name}" if source else name: leaf for name, leaf in wanted.items()}
     check_match(folder, read_metadata(folder)["leaves"], on_disk, exact=False, remedy="narrow the regex")
-    with ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = read(checkpointer, folder, on_disk)
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        found = read(handler, folder, on_disk)
+    finally:
+        handler.close()
     filled = dict(zip(wanted, (found[name] for name in on_disk), strict=True))
     merged = [filled.get(name, leaf) for name, leaf in leaves.items()]
     return jax.tree.unflatten(jax.tree.structure(params), merged), list(wanted)

@@ -59,8 +59,13 @@ def to_uint8(videos) -> np.ndarray:
 
 
 def write_samples(folder: Path, name: str, videos: np.ndarray, fps: float | int, *, single: bool = False) -> list[Path]:
-    """The clips as an MP4 grid and a PNG of film strips, large enough to look at; `single`: and an MP4 each."""
+    """The clips as an MP4 grid and a PNG of film strips, large enough to look at; `single`: and an MP4 each, in the
+    place of those of an earlier call, of which none stays."""
     videos = video.enlarge(videos, 128)
+    earlier = folder.glob("*.mp4") if single and (folder / f"{name}.mp4").is_file() else ()
+    for path in earlier:
+        if path.stem.isdigit() and f"{int(path.stem):04d}" == path.stem and int(path.stem) >= len(videos):
+            path.unlink()
     paths = [
         video.write_mp4(folder / f"{name}.mp4", video.grid(videos), fps),
         video.write_png(folder / f"{name}.png", video.film_strips(videos)),

@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +15,16 @@ import pytest
 from flax import nnx
 
 from configs import base
-from jaxalign import sample
+from jaxalign import precompute, sample
 from jaxalign.codecs import hashed
 from jaxalign.codecs.layers import posterior
+from jaxalign.data import precomputed
 from jaxalign.tasks import denoising
 from jaxalign.training import config as config_lib
 from jaxalign.training import loop, prepare, prompted, prompts, setup
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.data_settings import task_parts
+from jaxalign.training.makers import Options
 
 SMALL = dict(
     model=dict(name="cogvideox"),
@@ -151,6 +158,35 @@ def test_sampling_a_run_goes_on_where_it_stopped(workdir, tmp_path, capsys):
     again = sample.draw_prompts(prompted.of_run(workdir), ["a cat", "a dog"], tmp_path, count=2, at_once=1)
     assert "2 of 4 videos are in" in capsys.readouterr().out
     assert again == paths and {path: path.read_bytes() for path in paths} == kept  # alone as in company
+
+
+@pytest.mark.parametrize("joined", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_two_processes_share_one_prompt(workdir, tmp_path, joined):
+    """One of them has nothing to draw, so it opens nothing, and the other does not wait for it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}"] if joined else []
+    command = [sys.executable, "-m", "jaxalign.sample", "--workdir", str(workdir), "--prompt=a cat"]
+    command += [f"--out={tmp_path}", "--num_processes=2", *where]
+    pipes = dict(cwd=Path(__file__).parents[2], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    pair = [subprocess.Popen([*command, f"--process_id={k}"], env=environment, **pipes) for k in range(2)]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert "1/1" in said[0] and "1/1" not in said[1] and len(list(tmp_path.glob("*.mp4"))) == 1, said
+
+
+def test_prompts_are_added_to_a_folder_that_holds_the_videos(tmp_path):
+    """Of pixels, --what=latents stores the videos; what else the clips' series would be is there then."""
+    config, quiet = small(align=dict(method="none")), dict(say=lambda line: None)
+    for what in ("latents", "text"):
+        made = precompute.precompute(config, tmp_path / "told", Options(what=(what,), held_out=1, clips=1), **quiet)
+        assert made["missing"] == made["bad"] == 0
+    assert set(precomputed.open_folder(tmp_path / "told").series) == {"video", "prompts"}
 
 
 @pytest.mark.parametrize(
