@@ -96,7 +96,11 @@ def probe(
     alignment = probe_lib.probed(base.run)
     sections = {name: base.config[name].to_dict() for name in ("align", "teacher")}
     asked = dict(weights=weights, overrides=sections)
-    students = {w: whole(open_run(w, checkpoint=places[w], **asked)).trainable["model"] for w in configs}
+    students = {}
+    for w in configs:
+        opened = whole(open_run(w, checkpoint=places[w], **asked))
+        probe_lib.check_fits(w, opened.run, aligned, base.run)
+        students[w] = opened.trainable["model"]
     batches = pipeline.batches(
         prompts.open_told(base.config),
         seed=seed + 1,

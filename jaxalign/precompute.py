@@ -37,7 +37,7 @@ from ml_collections import config_flags
 
 from jaxalign.convert import Progress
 from jaxalign.data import pipeline, precomputed, precomputed_source
-from jaxalign.data.clips import SPLITS, Clip, Source, Window, load, windows
+from jaxalign.data.clips import SPLITS, Clip, Source, Window, load
 from jaxalign.data.precomputed import Clips, Folder, Series
 from jaxalign.data.video import UnreadableVideo
 from jaxalign.training import config as config_lib
@@ -101,10 +101,7 @@ def _windows(config, source: Source, options: Options) -> tuple[Clip, dict[str, 
     clip = Clip(**clip_settings(config))
     if options.variants > 1 and (source.render is not None or clip.stride == 0):
         raise ValueError(f"--variants={options.variants}: a window of this source has one clip only; leave it out")
-    found = {split: windows(source, split, clip) for split in SPLITS}
-    for split in SPLITS:
-        if not found[split]:
-            raise ValueError(f"data.source={source.name!r}: no video for split {split!r} has {clip.num_frames} frames")
+    found = {split: pipeline.some_windows(source, split, clip) for split in SPLITS}
     count = len(found["train"])
     if 0 < options.clips < count:
         found["train"] = tuple(found["train"][k * count // options.clips] for k in range(options.clips))
@@ -160,31 +157,40 @@ def _make_shards(folder: Folder, makers, series, decode, listed, options: Option
     if not clips:
         return
     compiled = {m.name: jax.jit(stored(m, DTYPES[options.dtype])) for m in makers if m.compute is not None}
-    tasks = (functools.partial(decode, folder.clips.flips, split, k) for *_, split, units in work for k in units)
+    tasks = [functools.partial(decode, folder.clips.flips, split, k) for *_, split, units in work for k in units]
     stream = _ahead(tasks, threads, threads + options.at_once * mesh.size)
     failed: dict[int, UnreadableVideo] = {}  # different videos since the last that could be read
     doubtful: list[Path] = []  # whole shards that lack some of these
     with contextlib.closing(stream), Progress("clips", clips) as progress:
-        watched = _watched(stream, failed, doubtful)
+        watched = _watched(tasks, stream, failed, doubtful)
         for chosen, paths, split, units in work:
             _make_shard(chosen, paths, split, units, watched, compiled, listed, options, mesh, progress, say)
             if failed:
                 doubtful += paths.values()
 
 
-def _watched(stream: Iterable, failed: dict[int, UnreadableVideo], doubtful: list[Path]) -> Iterator[Any]:
-    """The clips of a stream while their videos can be read.
+def _watched(
+    tasks: Sequence[Callable], stream: Iterable, failed: dict[int, UnreadableVideo], doubtful: list[Path]
+) -> Iterator[Any]:
+    """The results of tasks, in their order, while the disk is there.
 
-    Raises OSError where as many in a row cannot as make training give up: the disk is gone, not a clip. What was made
-    meanwhile and lacks them goes, or it would lack them for ever.
+    Where as many videos in a row cannot be read as make training give up, others are tried, first the last one that
+    could be: if one can, these are a folder of bad files; if none, OSError, and what was made meanwhile and lacks them
+    goes, or it would lack them for ever.
     """
-    for item, *read in stream:
+    known = None
+    for task, (item, *read) in zip(tasks, stream, strict=True):
         if not isinstance(read[0], UnreadableVideo):
+            known = task
             failed.clear()
             doubtful.clear()
         else:
             failed[item] = read[0]
-            if len(failed) >= pipeline.GIVE_UP_AFTER:
+            others = (known, tasks[0], tasks[len(tasks) // 2], tasks[-1])
+            if len(failed) >= pipeline.GIVE_UP_AFTER and any(_reads(other) for other in others if other):
+                failed.clear()
+                doubtful.clear()
+            elif len(failed) >= pipeline.GIVE_UP_AFTER:
                 for path in doubtful:
                     path.unlink(missing_ok=True)
                     Path(f"{path}.json").unlink(missing_ok=True)
@@ -194,6 +200,14 @@ def _watched(stream: Iterable, failed: dict[int, UnreadableVideo], doubtful: lis
                     f"mended, {precomputed.AGAIN}: it goes on"
                 )
         yield item, *read
+
+
+def _reads(task: Callable) -> bool:
+    """Whether a clip can be read now; one of the held-out ones has substitutes, and fails when those do."""
+    try:
+        return not isinstance(task()[1], UnreadableVideo)
+    except (OSError, ValueError):
+        return False
 
 
 def _make_shard(chosen, paths, split, units, stream, compiled, listed, options, mesh, progress, say) -> None:

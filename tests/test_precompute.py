@@ -43,17 +43,18 @@ def files(folder):
 
 
 class Videos:
-    """Four videos of noise; `fail` says at which call of read what is raised."""
+    """Four videos of noise; `fail` says at which call of read, of which of them, or from which of them on it fails."""
 
     def __init__(self, **fail):
-        self.calls, self.fail = 0, fail
+        self.calls, self.fail, self.lost = 0, fail, False
         self.frames = [np.random.default_rng(k).integers(0, 256, (60, 16, 24, 3), np.uint8) for k in range(4)]
 
     def read(self, item, start, stop, step, cover):
         self.calls += 1
         if self.calls == self.fail.get("at"):
             raise KeyboardInterrupt
-        if item in self.fail.get("items", ()):
+        self.lost |= item == self.fail.get("lost_at")
+        if self.lost or (item in self.fail.get("items", ()) and start < self.fail.get("before", 60)):
             raise UnreadableVideo(f"{item}.mp4", "truncated")
         video = self.frames[item][start:stop]
         return video[::step], thumbnails(video)
@@ -223,7 +224,7 @@ def test_damage_and_bad_videos(made, videos, tmp_path, monkeypatch):
 def test_a_lost_disk_is_no_bad_clip(made, videos, tmp_path, monkeypatch):
     """Neither in the shard at which precompute gives up nor in the one before, where the outage began."""
     monkeypatch.setattr(pipeline, "GIVE_UP_AFTER", 2)
-    videos(items=[1, 2, 3])
+    videos(lost_at=1)
     with pytest.raises(OSError, match=r"2 videos in a row cannot be read, the first is 1.mp4.* it goes on") as caught:
         make(tmp_path / "lost")
     assert "\n" not in str(caught.value)
@@ -231,8 +232,9 @@ def test_a_lost_disk_is_no_bad_clip(made, videos, tmp_path, monkeypatch):
     videos()
     make(tmp_path / "lost")
     assert files(tmp_path / "lost") == files(made[1])
-    videos(items=[0, 2])  # two, but not in a row
-    assert make(tmp_path / "some")["bad"] == 2
+    for items in ([0, 2], [1, 2, 3], [0, 1, 2]):  # in a row or not: the fourth can be read, so the disk is there
+        videos(items=items, before=50)  # the held-out ends have no more substitutes than GIVE_UP_AFTER
+        assert make(tmp_path / f"some{len(items)}{items[0]}")["bad"] == len(items)
 
 
 # ---- everything at once, against computing it in the step

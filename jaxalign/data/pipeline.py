@@ -128,7 +128,7 @@ def batches(
             f"batch_size={batch_size} cannot be shared by {process_count} processes; "
             f"write a multiple of {process_count}"
         )
-    found = _windows(source, split, clip)
+    found = some_windows(source, split, clip)
     share = batch_size // process_count
     rows = slice(process_index * share, (process_index + 1) * share)
     dataset = grain.MapDataset.range(len(found)).repeat()
@@ -167,7 +167,7 @@ def held_out(
     Neither flipped nor randomly cropped. Raises ValueError if nothing held out is long enough.
     """
     clip = Clip(num_frames, height, width, stride, short=short)
-    found = _windows(source, "held_out", clip)
+    found = some_windows(source, "held_out", clip)
     return _told(source, _stack([held_out_clip(source, found, clip, k, n) for k in range(n)]))
 
 
@@ -183,26 +183,32 @@ def held_out_clip(source: Source, found: Sequence[Window], clip: Clip, k: int, n
     return _row(source, found, clip, 0, k, number, position=(turn + 0.5) / turns)
 
 
-def _windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
+def some_windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
     """`windows`, or ValueError that says why there is none and what helps."""
     if found := windows(source, split, clip):
         return found
+    raise ValueError(why_none(source, split, clip))
+
+
+def why_none(source: Source, split: str, clip: Clip) -> str:
+    """Why no video of a split is long enough for a clip, and what helps; one line."""
     where, count = f"data.source={source.name!r}", len(source.items)
     mine = [item for item in source.items if item.split in (split, "both")]
     word = "train" if split == "train" else "test"
     if not mine:
-        raise ValueError(
-            f"{where}: none of its {count} videos is for split {split!r}; put some into a folder, or a shard, that has "
-            f"the word {word} in its name"
+        return (
+            f"{where}: none of its {count} videos is for split {split!r}; put some into a folder named {word}, or into "
+            f"a shard that has the word {word} in its name"
         )
-    longest = max(item.frames or 0 for item in source.items)
-    if longest < clip.fewest:
-        raise ValueError(
-            f"{where}: nothing in its {count} videos for split {split!r} has num_frames={clip.num_frames} frames "
-            f"(the longest video has {longest}); lower data.num_frames"
+    longest = max((item.frames for item in source.items if item.frames is not None), default=None)
+    if longest is None or longest < clip.fewest:  # None: lengths show when videos are read
+        told = "" if longest is None else f" (the longest video has {longest})"
+        return (
+            f"{where}: nothing in its {count} videos for split {split!r} has num_frames={clip.num_frames} frames{told}"
+            "; lower data.num_frames"
         )
     most = max(stop - start for start, stop in (part(item, split) for item in mine))
-    raise ValueError(
+    return (
         f"{where}: of its {count} videos {len(mine)} are for split {split!r} and have at most {most} frames there, not "
         f"num_frames={clip.num_frames}; lower data.num_frames, or put longer ones into a folder named {word}"
     )

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.clips import SPLITS, Clip, Source, Window, load, part
+from jaxalign.data.pipeline import GIVE_UP_AFTER, why_none
 from jaxalign.data.video import UnreadableVideo
-
-GIVE_UP_AFTER = 16  # videos in a row that cannot be read: the disk is gone, not a clip
 
 
 def draw(source: Source, split: str, count: int, seed: int, clip: Clip) -> list[Window]:
@@ -39,10 +38,7 @@ def draw(source: Source, split: str, count: int, seed: int, clip: Clip) -> list[
             spans[number] = span
             classes[label].append(number)
     if not spans:
-        raise ValueError(
-            f"data.source={source.name!r}: no video for split {split!r} has num_frames={clip.num_frames} frames; "
-            "lower data.num_frames"
-        )
+        raise ValueError(why_none(source, split, clip))
     rng = np.random.default_rng((seed, 3))  # 0 and 1 are the pipeline's: its orders and its offsets
     drawn: list[Window] = []
     for label, quota in zip(sorted(classes), shares([len(classes[c]) for c in sorted(classes)], count), strict=True):

@@ -180,16 +180,15 @@ def tfds(path: str, *, split: int = 1) -> Source:
         )
     names = folder / "label.labels.txt"
     classes = tuple(names.read_text().split("\n")) if names.is_file() else ()
-    items, held_out = [], any(_split_of(shard) == "held_out" for shard in paths)
+    listed, splits = [], []
     for shard in paths:
         title = Path(shard).name.split(".array_record")[0]
-        count = len(_reader((shard,)))
-        mine = [f"{title}:{Path(shard).name.rpartition('.')[2]}:{k}" for k in range(count)]
-        splits = [_split_of(shard) or "train"] * count if held_out else split_by_name(mine)
-        # Lengths are not known here: a small shard cannot be split by time inside each video.
-        items += [
-            Item(n, None, RECORD_FPS, 0, "train" if s == "both" else s) for n, s in zip(mine, splits, strict=True)
-        ]
+        listed += [f"{title}:{Path(shard).name.rpartition('.')[2]}:{k}" for k in range(len(_reader((shard,))))]
+        splits += [_split_of(shard) or "train"] * (len(listed) - len(splits))
+    if "held_out" not in splits:
+        splits = split_by_name(listed)
+    # Lengths are not known here: few records cannot be split by time inside each video.
+    items = [Item(n, None, RECORD_FPS, 0, "train" if s == "both" else s) for n, s in zip(listed, splits, strict=True)]
     if len(items) > 1 and all(item.split == "train" for item in items):
         items[-1] = dataclasses.replace(items[-1], split="held_out")
         notes += (f"no test split: of its {len(items)} records the last one is held out",)

@@ -66,8 +66,9 @@ def _in_folders(names: Sequence[str]) -> _Found | None:
         kinds = [_kind(parts, depth) for parts in paths]
         if not {"train", "held_out"} <= set(kinds) or (depth > around and None in kinds):
             continue
-        # A folder around everything is no class; one between it and the splits is.
-        inner = ["/".join(parts[around:depth] + parts[depth + 1 :]) for parts in paths]
+        # A folder around everything is no class, were it named for a split itself; those between it and the splits are.
+        classes = slice(around, depth if len({parts[around] for parts in paths}) > 1 else around)
+        inner = ["/".join(parts[classes] + parts[depth + 1 :]) for parts in paths]
         if any(parts[depth].lower().startswith("sky_") for parts, kind in zip(paths, kinds, strict=True) if kind):
             inner = [parts[-1] for parts in paths]
         outside = [name for name, kind in zip(names, kinds, strict=True) if kind is None]

@@ -37,10 +37,12 @@ def claim(folder: Path, about: About, *, what: str, remedy: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / ABOUT).exists():
         # What begins with a dot is another call's that is just being written, or was left by one that was killed.
-        if any(not path.name.startswith(".") for path in folder.iterdir()):
+        found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        if found and ABOUT not in found:
             raise ValueError(f"{folder} is no folder of {what}: it has files but no {ABOUT}; {remedy}")
-        sealed.write_atomic(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-        return
+        if not found:
+            sealed.write_atomic(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+            return
     check(folder, about, what=what, remedy=remedy)
 
 

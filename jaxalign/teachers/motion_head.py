@@ -27,7 +27,7 @@ WEIGHTS, NOTE = "motion_head.safetensors", "motion_head.json"
 FORMAT = 1
 Sample = dict[str, list[list[float | int]]]
 # Bounds of memory, ways to compute the same thing, and a file's classifier, which makes no token.
-_INDIFFERENT = ("frames_at_once", "pairs_at_once", "attention", "remat", "num_classes")
+INDIFFERENT = ("frames_at_once", "pairs_at_once", "attention", "remat", "num_classes")
 _LEAVES, _NUMBERS = 16, 4  # so many numbers of each of so many leaves tell a teacher's weights from others
 _ROUNDED = 2**-6  # of a number: what bf16 makes of it, on either side and twice (stored, computed with)
 
@@ -64,7 +64,7 @@ def settings(teacher: nnx.Module) -> dict[str, Any]:
 
 
 def _decisive(settings: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in settings.items() if k not in _INDIFFERENT}
+    return {k: v for k, v in settings.items() if k not in INDIFFERENT}
 
 
 def sample(teacher: nnx.Module) -> Sample:

@@ -195,7 +195,7 @@ def _load_teachers(
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.items() if v is not None}
         name, weights, head = settings.pop("name"), settings.pop("weights"), settings.pop("motion_head", None)
         if section["grid"] == "student":
-            settings["size"] = _meeting_size(name, weights, settings, section, student_grid, clip)
+            settings["size"] = _meeting_size(where, name, weights, settings, section, student_grid, clip)
         # Tokens behind a motion head are other tokens: they have another name in a batch.
         label = name if head is None else f"{name}_motion"
         identity = json.dumps([name, weights, settings, head], sort_keys=True)
@@ -232,13 +232,13 @@ def _behind_motion_head(teacher, name: str, folder: str, abstract: bool) -> moti
 
 
 def _meeting_size(
-    name: str, weights: str, settings: dict, section: Section, student_grid: Grid, clip: Grid
+    where: str, name: str, weights: str, settings: dict, section: Section, student_grid: Grid, clip: Grid
 ) -> tuple[int, int]:
     """The frame size (h, w) at which a teacher's tokens fall on the grid that the head makes: full resolution."""
     if "size" in settings:
         raise ValueError(
             "config.align.grid = 'student' chooses the size at which the teacher sees the frames: write "
-            "--config.teacher.size=None (and --config.align.projector.conv=same where a strided one leaves fewer "
+            f"--{where}.size=None (and --config.align.projector.conv=same where a strided one leaves fewer "
             "tokens), or --config.align.grid=teacher"
         )
     _, h, w = ProjectorConfig(student_width=1, teacher_width=1, **section["projector"]).grid(student_grid)

@@ -5,7 +5,6 @@ far those are from the law of their world (synthetic:gravity) and from real clip
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from jaxalign.training import evaluation, prompts, showing
 from jaxalign.training.data_settings import clip_settings, split_batch
 from jaxalign.training.outcomes import Outcome
 from jaxalign.training.report import read_json
-from jaxalign.training.restore import step_folders
+from jaxalign.training.restore import find_checkpoint
 from jaxalign.training.trained import open_run
 
 METHODS = ("baseline", "repa", "trd", "tsa", "m_tsa", "moalign", "align4gen")
@@ -189,11 +188,13 @@ def _ask(members: Sequence[Outcome], questions: Questions, reference: Reference,
     """The columns of each run of one group, which share what is compiled."""
     found, compiled = [], {}
     for outcome in members:
-        asked = {"questions": dataclasses.asdict(questions), "checkpoint": _checkpoint(outcome.workdir), "version": 2}
+        checkpoint = find_checkpoint(outcome.workdir, say=say)  # trained again, the same step is another
+        identity = f"step {checkpoint.name}, {sealed.identity(checkpoint)}"
+        asked = {"questions": dataclasses.asdict(questions), "checkpoint": identity, "version": 2}
         kept = read_json(outcome.workdir / KEPT)
         if kept.get("asked") != asked:
             say(f"{outcome.name}: {questions.samples} samples")
-            values, videos = _measure(outcome, questions, compiled)
+            values, videos = _measure(outcome, checkpoint, questions, compiled)
             values |= of_videos(videos, outcome.config)
             values["frechet"] = _distance(videos, reference.moments, reference.network)
             kept = {"asked": asked, "values": values}
@@ -202,18 +203,11 @@ def _ask(members: Sequence[Outcome], questions: Questions, reference: Reference,
     return found
 
 
-def _checkpoint(workdir: Path) -> str | None:
-    """'step STEP, DIGEST' of a run's newest checkpoint, None without: trained again, the same step is another."""
-    for step in reversed(step_folders(workdir / "checkpoints")):
-        manifest = workdir / "checkpoints" / str(step) / sealed.NAME
-        if manifest.is_file():
-            return f"step {step}, {hashlib.sha256(manifest.read_bytes()).hexdigest()[:16]}"
-    return None
-
-
-def _measure(outcome: Outcome, questions: Questions, compiled: dict) -> tuple[dict[str, float], np.ndarray]:
+def _measure(
+    outcome: Outcome, checkpoint: Path, questions: Questions, compiled: dict
+) -> tuple[dict[str, float], np.ndarray]:
     """(held-out losses, sampled videos) of a run."""
-    config, run, trainable = open_run(outcome.workdir, weights=questions.weights)
+    config, run, trainable = open_run(outcome.workdir, weights=questions.weights, checkpoint=checkpoint)
     config.sample.count, config.sample.seed = questions.samples, 0
     source = prompts.open_told(config)
     held_out = pipeline.held_out(source, questions.clips, **clip_settings(config))

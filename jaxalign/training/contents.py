@@ -25,10 +25,9 @@ from jaxalign.training import alignments, setup
 
 Fields = dict[str, Any]
 
-# Bounds of memory and ways to compute the same thing.
-_INDIFFERENT = ("frames_at_once", "pairs_at_once", "attention", "remat")
-# Of a file's classifier, which makes no token: written, since a series' name is of all that is, but not compared.
-_UNCOMPARED = ("teacher.num_classes",)
+# Of the settings that change no token the classifier's is written, as folders of before have it in the names of their
+# series, and not compared.
+_CLASSIFIER = "num_classes"
 VIDEOS = "videos"  # digest of their names, lengths, labels and captions
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 20
 
@@ -70,7 +69,11 @@ def of_teacher(
         identity = weights_identity(weights or teachers.find_file(name, None))
     except FileNotFoundError:  # it was given no weights, and no package has them
         identity = None
-    settings = {k: v for k, v in dataclasses.asdict(module.config).items() if k not in _INDIFFERENT}
+    settings = {
+        k: v
+        for k, v in dataclasses.asdict(module.config).items()
+        if k == _CLASSIFIER or k not in motion_head.INDIFFERENT
+    }
     fields = {f"{section}.name": name, "precision": precision, f"{section}.weights": identity}
     if head is not None:  # unwritten where there is none, as in folders of before; never None, which means none
         fields[f"{section}.motion_head"] = (head and weights_identity(Path(head) / motion_head.WEIGHTS)) or ""
@@ -232,7 +235,7 @@ def _teacher(folder: Folder, fields: Fields, width: int) -> tuple[Series | None,
 
 
 def _compared(fields: Mapping) -> Fields:
-    return {name: value for name, value in fields.items() if name not in _UNCOMPARED}
+    return {name: value for name, value in fields.items() if name != f"teacher.{_CLASSIFIER}"}
 
 
 def _known(there: Mapping, here: Mapping) -> Fields:

@@ -79,7 +79,7 @@ def of_run(
     size = at_once + -at_once % mesh.size
     about = {
         "step": int(checkpoint.name),
-        "checkpoint": hashlib.sha256((checkpoint / sealed.NAME).read_bytes()).hexdigest()[:16],
+        "checkpoint": sealed.identity(checkpoint),
         "weights": weights,
         "sampler": f"{options['sampler']}-{steps}",
         "guidance": guidance_scale,

@@ -5,7 +5,9 @@ head of the same seed, data and number of steps for every student is the same qu
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,16 @@ import ml_collections
 import optax
 
 from jaxalign.alignment.methods import RELATIONAL
+from jaxalign.data import precomputed
 from jaxalign.diffusion.process import draw
 from jaxalign.tasks import aligning
-from jaxalign.training import alignments
+from jaxalign.training import alignments, contents
 from jaxalign.training import config as config_lib
 from jaxalign.training.evaluation import held_out_losses, on_device
 from jaxalign.training.setup import Run
 
 # Every student is asked through one run's data, codec and process; a run that was trained on others answers nothing.
-_SHARED = ("data.source", "data.split", "data.frame_rate", "data.num_frames", "data.height", "data.width")
+_SHARED = ("data.split", "data.frame_rate", "data.num_frames", "data.height", "data.width")
 _SHARED += ("data.stride", "data.short", "model.name", "model.num_classes", "text.encoder", "text.tokens", "objective")
 _OF_OBJECTIVE = {"ddpm": ("learn_sigma",), "v": ("snr_shift",)}
 # How much an alignment counts and when: with another weight it is the same question still.
@@ -34,12 +37,32 @@ def check_alike(run: str, config: ml_collections.ConfigDict, first: str, base: m
 
     def shared(config):
         flat = config_lib.identity(config)  # it lacks what older configs lack, where that is at its default
-        return {k: v for k, v in flat.items() if k in fields or k.startswith("codec.")}
+        codec = {k: v for k, v in contents.of_latents(config).items() if k != "codec.tiling"}
+        return {k: v for k, v in flat.items() if k in fields} | codec | {"data.source": _videos(config.data.source)}
 
     ours, theirs = shared(config), shared(base)
     if differing := [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]:
         pairs = [f"{k}: {ours.get(k, 'the default')!r}, not {theirs.get(k, 'the default')!r}" for k in differing]
         raise ValueError(f"probe: {run} cannot be asked what {first} is asked ({'; '.join(pairs)}): leave one out")
+
+
+def check_fits(run: str, one: Run, first: str, base: Run) -> None:
+    """ValueError unless the tokens of one student are as wide and as many as those that the first one's heads take."""
+    found = [(r.student_grid, r.model_config.width) for r in (one, base)]
+    if found[0] != found[1]:
+        (grid, width), (wanted, first_width) = ((" × ".join(map(str, g)), w) for g, w in found)
+        raise ValueError(
+            f"probe: {run} cannot be asked what {first} is asked (tokens {grid} of width {width}, not {wanted} of "
+            f"width {first_width}): leave one out"
+        )
+
+
+def _videos(source: str) -> str:
+    """Where the videos behind a config's data.source lie; of a precomputed folder those that it was made from."""
+    if precomputed.is_precomputed(source):
+        source = precomputed.open_folder(source).clips.about.get("source", source)
+    path = Path(source.removeprefix("folder:")).expanduser()
+    return os.path.realpath(path) if path.exists() else source
 
 
 def asks_alike(one: ml_collections.ConfigDict, other: ml_collections.ConfigDict) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def score(
         rate = dict(frame_rate=FRAME_RATE if frame_rate is None else frame_rate)
         with _said_as("--videos", **FLAGS):
             opened = sources.open_source(videos, **rate)
-            opened = _captioned(opened, videos) if word == "clip" else opened
+            opened = _captioned(opened, videos) if word == "clip" and tokenizer else opened
             clips = protocol.of_videos(opened, Clip(**shape, stride=videos_stride), count=count, seed=seed)
         of_real, folder = None, Path(out or "runs/scores")
         if word in AGAINST_REAL:
@@ -89,7 +90,7 @@ def score(
                 of_real = protocol.of_source(opened, clip, **drawn)
     of_real = of_real if word in AGAINST_REAL else None
     _check(word, clips, of_real, asked, at_once=at_once)
-    tokenize, notes = _words(clips, name, tokenizer) if word == "clip" else (None, ())
+    tokenize, notes = _words(clips, name, tokenizer, videos) if word == "clip" else (None, ())
     for note in (*clips.notes, *(of_real.notes if of_real is not None else ()), *notes):
         say(f"note: {note}")
     rows = _rows(word, clips, of_real, asked, cache=cache, tokenize=tokenize, at_once=at_once, say=say)
@@ -125,13 +126,25 @@ def _check(word: str, clips: Clips, real: Clips | None, network: features.Networ
 
 
 def _captioned(source: Source, spec: str) -> Source:
-    """The source with the captions of a file that lies in its folder."""
-    return captions.captioned(source, spec, "") if captions.beside_of(spec).is_file() else source
+    """The source with the captions of a file that lies in its folder; ValueError, one line, where that is no such
+    file."""
+    if not captions.beside_of(spec).is_file():
+        return source
+    try:
+        return captions.captioned(source, spec, "")
+    except ValueError as error:
+        words = str(error).replace("data.captions=", "").replace("data.source=", "--videos ")
+        raise ValueError(
+            re.sub(r"; write --config\.data\.\w+=NAME", "; its columns are video and caption", words)
+        ) from None
 
 
-def _words(clips: Clips, network: str, tokenizer: str | Path | None) -> tuple[Callable | None, tuple[str, ...]]:
+def _words(
+    clips: Clips, network: str, tokenizer: str | Path | None, videos: str
+) -> tuple[Callable | None, tuple[str, ...]]:
     """What CLIP-T makes tokens with, where there is all that it needs; else a note of what is missing."""
-    if not clips.captions and not tokenizer:
+    there = clips.captions or (videos and captions.beside_of(videos).is_file())
+    if not there and not tokenizer:
         return None, ()
     if not network.startswith("clip"):
         missing = f"--network {network} reads no text"

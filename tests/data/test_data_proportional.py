@@ -70,9 +70,9 @@ def test_a_clip_is_what_was_drawn_and_a_torn_video_is_replaced_by_its_class():
 def test_what_is_too_short_or_unknown():
     short = listed((4,), frames=8)  # long enough for stride 2 only
     assert {(w.start, w.stop) for s in range(9) for w in draw(short, "held_out", 4, s, CLIP)} == {(0, 7), (1, 8)}
-    with pytest.raises(ValueError, match=r"no video for split 'held_out' has num_frames=4"):
+    with pytest.raises(ValueError, match=r"nothing in its 4 videos for split 'held_out' has num_frames=4"):
         draw(listed((4,), frames=3), "held_out", 4, 0, CLIP)
-    with pytest.raises(ValueError, match="no video for split 'train'"):
+    with pytest.raises(ValueError, match="none of its 4 videos is for split 'train'"):
         draw(short, "train", 4, 0, CLIP)
     with pytest.raises(ValueError, match="write 'train' or 'held_out'"):
         draw(short, "test", 4, 0, CLIP)

@@ -83,7 +83,7 @@ def test_words_in_shard_names(tmp_path):
     write_array_record(str(tmp_path / "a_train_0.array_record"), _clips(1))
     with pytest.raises(ValueError, match=r"data.split=2: .* has no numbered lists"):
         open_source(str(tmp_path), split=2)
-    with pytest.raises(ValueError, match=r"none of its 1 videos is for split 'held_out'; .* or a shard"):
+    with pytest.raises(ValueError, match=r"none of its 1 videos is for split 'held_out'; .* or into a shard"):
         held_out(open_source(str(tmp_path)), 1, num_frames=4, height=16, width=24)
 
 

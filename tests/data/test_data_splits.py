@@ -105,6 +105,7 @@ def test_split_folders_inside_of_classes(tmp_path):
     found = layout(tmp_path, names)
     assert found.splits == (["train"] * 15 + ["held_out"] * 15) * 2
     assert found.labels == [0] * 30 + [1] * 30 and found.classes == ("C0", "C1")
+    assert layout(tmp_path, [f"train/{part}/{k}.mp4" for part in ("train", "test") for k in range(3)]).classes == ()
     # Some videos in no such folder: the folders may mean something else, so nothing is guessed and it is said.
     (note,) = layout(tmp_path, [*names, "C2/a.mp4"]).notes
     assert "the split is by chance, though there are folders test, train" in note

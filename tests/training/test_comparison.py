@@ -15,6 +15,7 @@ from absl import flags
 
 from configs import compare as compare_config
 from jaxalign import evaluate
+from jaxalign.interop import sealed
 from jaxalign.training import comparison, setup
 from jaxalign.training import config as config_lib
 from jaxalign.training.comparison import REAL, Questions, Reference, Row
@@ -87,20 +88,27 @@ def test_a_run_is_asked_again_when_it_was_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(comparison, "_measure", lambda o, *_: (measured.append(o.name) or {"aligned": 0.5}, videos))
     monkeypatch.setattr(comparison, "_distance", lambda *_: 3.0)
     reference = Reference({}, SimpleNamespace(), SimpleNamespace())
-    manifest = tmp_path / "checkpoints" / "2" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
+    folder = tmp_path / "checkpoints" / "2"
+    folder.mkdir(parents=True)
+
+    def train(what):
+        (folder / "state").write_text(what)
+        sealed.write_manifest(folder)
 
     def ask(questions=Questions()):  # noqa: B008  (frozen)
         (found,) = comparison._ask([_outcome(tmp_path)], questions, reference, lambda _: None)
         assert found["aligned"] == 0.5 and found["frechet"] == 3.0
         return len(measured)
 
-    manifest.write_text("one")
+    train("one")
     assert [ask(), ask()] == [1, 1]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [comparison.KEPT]
-    manifest.write_text("another")
+    train("another")
     assert [ask(), ask()] == [2, 2]
     assert ask(Questions(weights="raw")) == 3
+    (folder / "state").write_text("torn")  # named nowhere: it would not be what is measured
+    with pytest.raises(FileNotFoundError, match="holds no whole checkpoint"):
+        ask()
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,29 @@ def test_a_run_of_other_clips_or_another_process_is_not_probed(changes, said):
         probe.check_alike("b", _changed(**changes), "a", _changed())
 
 
+def test_the_same_videos_by_another_name_are_the_same(tmp_path, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "clips")
+    monkeypatch.setattr(probe.precomputed, "is_precomputed", lambda path: path == "stored")
+    monkeypatch.setattr(
+        probe.precomputed,
+        "open_folder",
+        lambda path: SimpleNamespace(clips=SimpleNamespace(about={"source": f"folder:{tmp_path / 'link'}"})),
+    )
+    base = _changed(data=dict(source=str(tmp_path / "clips")))
+    for name in (str(tmp_path / "link"), "stored"):
+        probe.check_alike("b", _changed(data=dict(source=name), codec=dict(tiling=True)), "a", base)
+
+
+def test_students_of_other_widths_and_grids_are_not_probed():
+    run, other = (
+        setup.build(_changed(align=dict(weight=0.0), model=dict(patch_size=size)), abstract=True) for size in (4, 8)
+    )
+    probe.check_fits("b", run, "a", run)
+    with pytest.raises(ValueError, match=r"b cannot be asked .*tokens 8 × 8 × 8 of width 128, not 8 × 16 × 16 of"):
+        probe.check_fits("b", other, "a", run)
+
+
 def test_what_is_not_read_does_not_keep_runs_apart():
     same = dict(learn_sigma=False, snr_shift=3.0, seed=4, steps=7, optimizer=dict(learning_rate=1.0))
     probe.check_alike("b", _changed(**same, align=dict(weight=0.0)), "a", _changed())

@@ -163,7 +163,7 @@ def test_a_folder_of_videos(run, mean_colour, tmp_path):
     assert row["protocol"].startswith("Align4Gen but for n 3 (2048), frames 2 (16)") and "steps" not in row["protocol"]
     assert any("3 features of width 6" in line and "at least 7" in line for line in said)
     assert any("shorter than 2 frames: 1 videos (the first: short.mp4)" in line for line in said)
-    with pytest.raises(ValueError, match=r"--videos '.*videos': no video .* num_frames=9 frames; lower --frames"):
+    with pytest.raises(ValueError, match=r"--videos '.*videos': nothing in its .* num_frames=9 frames .*; lower --frames"):
         scoring.score("clip", videos=str(tmp_path / "videos"), **(asked | dict(frames=9)))
     assert (tmp_path / "out" / "evaluate_fvd_mean_colour.json").is_file()
 
@@ -316,13 +316,19 @@ def test_captions_of_a_folder(monkeypatch, tmp_path):
     assert len(scoring.score("clip", tokenizer="bpe", **options)) == 1
     assert any("no CLIP-T: the videos have no captions" in line for line in said)
     (tmp_path / "told" / "captions.csv").write_text("video,caption\n0.mp4,a dark wall\n2.mp4,a bright wall\n")
-    assert len(scoring.score("clip", **options)) == 1
+    rows = scoring.score("clip", **options)
+    assert len(rows) == 1 and rows[0]["n"] == 3  # nobody asked for words: all videos count
     assert any("note: no CLIP-T: give --tokenizer" in line for line in said)
     said.clear()
     rows = scoring.score("clip", tokenizer="bpe", **options)
     assert [row["metric"] for row in rows] == ["CLIP consistency", "CLIP-T"] and rows[1]["n"] == 2
     assert sorted(asked) == ["a bright wall", "a dark wall"] and not any("CLIP-T:" in line for line in said)
     assert any("left out, without a caption: 1 videos (the first: 1.mp4)" in line for line in said)
+    (tmp_path / "told" / "captions.csv").write_text("name,prompt\n0.mp4,a dark wall\n")
+    with pytest.raises(
+        ValueError, match=r"^'.*captions.csv': no column 'video' .*; its columns are video and caption$"
+    ):
+        scoring.score("clip", tokenizer="bpe", **options)
 
 
 def test_lists_and_frame_rate_reach_the_sources(run, mean_colour, monkeypatch, tmp_path):
