@@ -6,8 +6,9 @@ python launch/sweep.py --config configs/repa.py --config configs/trd.py --grid s
     --point "configs/tsa.py:demo --config.align.method=tsa" --config.steps=200
 
 Points are all --config and --point, each with all values of every --grid; further --config.FIELD=VALUE hold for all of
-them. Every point is checked before the first one starts. More values, and further points of --point, may be added to a
-sweep later. ROOT/sweep.json says which workdir is which point and how it stands, ROOT/logs/ has what a run said.
+them. Every point is checked before the first one starts. More values, and further points, may be added to a sweep
+later: those that are there keep their workdirs. ROOT/sweep.json says which workdir is which point and how it stands,
+ROOT/logs/ has what a run said.
 
 --run=local   one run after another through launch/local.sh, or --jobs at once, which share the GPUs evenly, or the
               cores where there are none: two small runs on a core each are faster than one after the other on two
@@ -101,7 +102,10 @@ def resolve(config_file: str, given: dict[str, str]) -> ConfigDict:
 def points_of(
     configs: list[str], own: list[str], grid: dict[str, list[str]], common: dict[str, str], root: Path
 ) -> list[Point]:
-    """All points, checked: their fields exist, their students and teachers fit, no two are the same run."""
+    """All points, checked: their fields exist, their students and teachers fit, no two are the same run.
+
+    A point that ROOT/sweep.json knows keeps its name, which is its workdir's; what is added is named beside those.
+    """
     bases = [(config, {}) for config in configs]
     for text in own:
         config, *words = shlex.split(text)
@@ -111,18 +115,23 @@ def points_of(
     for field in grid:
         if any(field in given for given in (common, *(given for _, given in bases))):
             raise ValueError(f"--grid {field} and --config.{field} both say what {field} is; leave one out")
-    named = {field for _, given in bases for field in given} | set(grid)
+    entries = read_json(root / "sweep.json").get("points", {}).values()
+    stored = [(entry["workdir"], _of_file(entry["config"]), entry["fields"]) for entry in entries]
+    named = set(grid).union(*(given for _, given in bases), *(fields for *_, fields in stored))
     last = {field: field.split(".")[-1] for field in named}
     short = {field: name if list(last.values()).count(name) == 1 else field for field, name in last.items()}
+    files = {_of_file(config) for config, _ in bases} | {file for _, file, _ in stored}
     points, seen = [], {}
     for config_file, given in bases:
         for values in itertools.product(*grid.values()):
             fields = given | dict(zip(grid, values, strict=True))
-            parts = [_plain(f"{short[field]}={value}") for field, value in fields.items()]
-            if len({config for config, _ in bases}) > 1 or not parts:
-                file, *scale = config_file.split(":")
-                parts.insert(0, _plain("-".join([Path(file).stem, *scale])))
-            name = ",".join(parts)
+            file = _of_file(config_file)
+            taken = set(seen.values())
+            name = next((known for known, *point in stored if point == [file, fields]), None)
+            if name is None:
+                taken |= {known for known, *_ in stored}
+                parts = [_plain(f"{short[field]}={value}") for field, value in fields.items()]
+                name = ",".join([file, *parts] if len(files) > 1 or not parts else parts)
             try:
                 config = resolve(config_file, common | fields)
                 setup.build(config, abstract=True)
@@ -131,13 +140,19 @@ def points_of(
             same = json.dumps([config_lib.identity(config), config.steps], sort_keys=True)
             if same in seen:
                 raise ValueError(f"{name} is the same run as {seen[same]}: leave one of them out")
-            if name in seen.values():
-                raise ValueError(f"{name} would be the folder of two points; let their values differ in letters")
+            if name in taken:
+                raise ValueError(f"{name} would be two points' folder; let their files or values differ in letters")
             seen[same] = name
             arguments = [f"--config={config_file}", f"--workdir={root / name}"]
             arguments += [f"--config.{field}={value}" for field, value in (common | fields).items()]
             points.append(Point(name, config_file, fields, arguments, root / name, config))
     return points
+
+
+def _of_file(config_file: str) -> str:
+    """What a name says of 'configs/trd.py:demo'; wherever the file lies, so that it may be moved."""
+    file, *scale = config_file.split(":")
+    return _plain("-".join([Path(file).stem, *scale]))
 
 
 def _plain(text: str) -> str:
@@ -176,6 +191,7 @@ class Index:
                     config_lib.compare(there, point.config)
                 except ValueError as error:
                     raise ValueError(f"--root={root} holds another sweep: {point.name}: {error}") from None
+        self.said = False  # that the file cannot be written
         self.content = head | {"points": stored.get("points", {})}
         for point in points:
             entry = self.content["points"].setdefault(point.name, {})
@@ -184,9 +200,17 @@ class Index:
             entry["status"] = "finished" if finished(point) else known
 
     def set(self, point: Point, status: str, **more) -> None:
-        """The point's status is known to the file at once."""
+        """The point's status is known to the file at once, or with the next write that the disk takes.
+
+        A sweep does not end for it: the runs go on, and the next call looks into their workdirs.
+        """
         self.content["points"][point.name] |= {"status": status, **more}
-        self.write()
+        try:
+            self.write()
+        except OSError as error:
+            if not self.said:
+                print(f"warning: {self.path} cannot be written and lags behind: {error}", file=sys.stderr, flush=True)
+            self.said = True
 
     def job(self, point: Point) -> str:
         return self.content["points"][point.name].get("job", "")
@@ -263,17 +287,23 @@ def run_local(points: list[Point], index: Index, jobs: int) -> int:
                 if not waiting or asked:
                     break
                 point = waiting.popleft()
-                log = open(logs / f"{point.name}.log", "ab")  # noqa: SIM115  (closed when the run ends)
-                with on_cores(cores[slot]):
-                    process = subprocess.Popen(
-                        ["bash", str(ROOT / "launch" / "local.sh"), *point.arguments],
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        env={"PYTHON": sys.executable} | os.environ | shares[slot],
-                        pass_fds=[lock.fileno()],
-                        start_new_session=True,  # the terminal's Ctrl-C reaches a run once, through `pass_on`
-                    )
+                try:
+                    log = open(logs / f"{point.name}.log", "ab")  # noqa: SIM115  (closed when the run ends)
+                    with on_cores(cores[slot]):
+                        process = subprocess.Popen(
+                            ["bash", str(ROOT / "launch" / "local.sh"), *point.arguments],
+                            stdin=subprocess.DEVNULL,
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                            env={"PYTHON": sys.executable} | os.environ | shares[slot],
+                            pass_fds=[lock.fileno()],
+                            start_new_session=True,  # the terminal's Ctrl-C reaches a run once, through `pass_on`
+                        )
+                except OSError as error:  # those that run are still watched
+                    print(f"  failed to start: {point.name}: {error}", flush=True)
+                    index.set(point, "failed")
+                    outcomes.append("failed")
+                    continue
                 running[slot] = point, process, log, log.tell(), time.monotonic()
                 index.set(point, "running")
                 print(f"[{len(points) - len(waiting)}/{len(points)}] {point.name}", flush=True)
@@ -320,11 +350,13 @@ def submit_slurm(points: list[Point], index: Index, options: list[str]) -> int:
         raise ValueError("--run=slurm: there is no sbatch here; submit from a login node, or write --run=print")
     logs = index.path.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+    queued = {point.name for point in points if index.job(point) and _in_queue(index.job(point))}
     for point in points:
-        if (job := index.job(point)) and _in_queue(job):
+        if point.name in queued:
             index.set(point, "submitted")
-            print(f"{point.name}: job {job} is in the queue already")
+            print(f"{point.name}: job {index.job(point)} is in the queue already")
             continue
+        index.write()  # a job that cannot be noted would be submitted again by the next call
         log = logs.resolve() / f"{point.name}.log"
         command = ["sbatch", "--parsable", f"--job-name={point.name}", f"--output={log}", *options]
         command += ["launch/slurm.sbatch", *point.arguments]
@@ -338,7 +370,10 @@ def submit_slurm(points: list[Point], index: Index, options: list[str]) -> int:
 
 
 def _in_queue(job: str) -> bool:
+    """Whether Slurm has the job. ValueError where squeue does not say: two jobs must not train in one workdir."""
     done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
+    if done.returncode and "invalid job id" not in done.stderr.lower():  # which is what it says of one long gone
+        raise ValueError(f"does job {job} still go? Nothing was submitted, for squeue said: {done.stderr.strip()}")
     return done.returncode == 0 and bool(done.stdout.strip())
 
 

@@ -95,6 +95,7 @@ def load(
         )
     upstream, arrays = folder.read(weights, entry.part, entry.kinds)
     module = abstract(name, **((entry.settings_from(upstream) if upstream else {}) | settings))
+    arrays = arrays.fitting(lambda: mapping.upstream_shapes(module, layout(name, arrays)))
     try:
         return mapping.load_state_dict(module, arrays, layout(name, arrays), dtype=dtype, sharding=sharding)
     except ValueError as error:

@@ -6,19 +6,17 @@ FOLDER/text_encoder/config.json  FOLDER/text_encoder/model.safetensors.index.jso
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from jaxalign.interop.arrays import LazyArrays
 from jaxalign.interop.weights import open_weights
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 ENDINGS = (".safetensors.index.json", ".safetensors", ".bin")
 
 
-def read(path: str | Path, part: str, kinds: tuple[str, ...]) -> tuple[dict[str, Any] | None, Mapping[str, np.ndarray]]:
+def read(path: str | Path, part: str, kinds: tuple[str, ...]) -> tuple[dict[str, Any] | None, LazyArrays]:
     """(config, lazy arrays by name) of FOLDER, FOLDER/`part` or a weights file; a file alone has no config: None.
 
     `kinds` are the classes that config.json may name. Raises FileNotFoundError for what is not there (a shard, too),

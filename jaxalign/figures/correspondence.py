@@ -53,15 +53,17 @@ def moving_queries(
 
     The score of a position is how much its pixels change over the clip times how much they vary in space,
     so that neither a still background nor a moving flat patch is picked; each pick suppresses its
-    surroundings.
+    surroundings. Where nothing moves the texture decides, and in a flat picture the places lie apart.
     """
     frames, rows, columns = grid
     grey = video.astype(np.float32).mean(axis=-1)
     height, width = grey.shape[1] // rows, grey.shape[2] // columns
     cells = grey[:, : rows * height, : columns * width].reshape(-1, rows, height, columns, width)
-    change = np.abs(np.diff(cells, axis=0)).mean(axis=(0, 2, 4))
+    change = np.abs(np.diff(cells, axis=0)).sum(axis=0).mean(axis=(1, 3)) / max(1, len(cells) - 1)
+    if not change.any():  # one frame, or a still clip
+        change = np.ones_like(change)
     still = cells[min(frame * video.shape[0] // frames, video.shape[0] - 1)]
-    score = change * still.std(axis=(1, 3))
+    score = change * still.std(axis=(1, 3)) + 1e-6  # of zeros no surroundings could be suppressed
     score[[0, -1], :] *= 0.5  # what sits at the rim soon leaves the picture
     score[:, [0, -1]] *= 0.5
     picks = []

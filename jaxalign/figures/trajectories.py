@@ -137,8 +137,7 @@ def trajectory_figure(
 def moving_points(video: UInt8[np.ndarray, "t h w 3"], count: int) -> list[tuple[float, float]]:
     """Places of the first frame worth following, (row, column) in [0, 1]: see `moving_queries`."""
     grid = (len(video), min(16, video.shape[1]), min(16, video.shape[2]))
-    queries = moving_queries(video, grid, count) if len(video) > 1 else [(0, grid[1] // 2, grid[2] // 2)]
-    return [((i + 0.5) / grid[1], (j + 0.5) / grid[2]) for _, i, j in queries]
+    return [((i + 0.5) / grid[1], (j + 0.5) / grid[2]) for _, i, j in moving_queries(video, grid, count)]
 
 
 def _draw_path(axis: Axes, path: Float[np.ndarray, "t 2"], sure: Float[np.ndarray, "t"], colour: str) -> None:

@@ -2,7 +2,7 @@
 
 import difflib
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,27 @@ class LazyArrays(Mapping):
             first = next(iter(self._views), None)
             raise ValueError(f"{self.source}: no tensor's name starts with {prefix!r}; the first is {first!r}")
         return LazyArrays(views, self.source, self.release)
+
+    def without_shared_words(self) -> list["LazyArrays"]:
+        """These arrays; where all names begin with the same word ('module.'), those below it; so up to three words.
+
+        Whoever trains in several processes, or inside a bigger module, saves such names.
+        """
+        found = [self]
+        for _ in range(3):
+            words = {name.partition(".")[:2] for name in found[-1]}
+            if len(words) != 1 or "." not in (word := "".join(*words)):
+                break
+            found.append(found[-1].below(word))
+        return found
+
+    def fitting(self, wanted: Callable[[], Container[str]]) -> "LazyArrays":
+        """Of `without_shared_words` the one with the most names of `wanted()`, which is asked only for a choice."""
+        found = self.without_shared_words()
+        if len(found) == 1:
+            return self
+        names = wanted()
+        return max(found, key=lambda arrays: sum(name in names for name in arrays))
 
     def __contains__(self, name: object) -> bool:
         return name in self._views

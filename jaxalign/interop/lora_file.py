@@ -10,6 +10,7 @@ keys. A reader that does not know the entry takes alpha = rank, that is scale 1.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def load(
     """
     found = read(path)
     rank = next(iter(adapters.values()))["lora_A"]["kernel"].shape[-1]
-    if (found.rank, found.alpha) != (rank, alpha):
+    if found.rank != rank or not math.isclose(found.alpha, alpha, rel_tol=1e-5):  # six digits, as they are printed
         raise ValueError(
             f"{path}: rank {found.rank} and alpha {found.alpha:g}, here {rank} and {alpha:g}; write "
             f"--config.lora.rank={found.rank} --config.lora.alpha={found.alpha:g}"

@@ -53,11 +53,11 @@ def check(
         )
         if names
     ]:
-        # DataParallel and bigger networks put a prefix before every name; say so instead of listing them all.
+        # Bigger networks put a prefix before the names of their parts; say so instead of listing them all.
         prefixed = (name for name in extra if missing and name.endswith("." + missing[0]))
         stem = next(prefixed, "").removesuffix(missing[0] if missing else "")
         if stem and all(stem + name in weights for name in missing):
-            problems.append(f"every key starts with {stem!r}: open the file with prefix={stem!r}")
+            problems.append(f"all of these are there behind {stem!r}: save a file without that before the names")
         source = getattr(weights, "source", None)
         where = f"{source}: " if source else ""
         raise ValueError(f"{where}these weights do not fit the model ({len(wanted)} keys): {'; '.join(problems)}")

@@ -168,11 +168,12 @@ class _Match(NamedTuple):
 
 
 def _match(entry: Entry, module: nnx.Module, parts: Sequence[Arrays]) -> _Match:
-    """The part of a file and the table of names that agree best."""
+    """The part of a file and the table of names that agree best; of equals the first part."""
     found = []
-    for layout, rules in entry.layouts.items():
-        wanted = mapping.upstream_shapes(module, rules)
-        for part in parts:
+    tables = {layout: mapping.upstream_shapes(module, rules) for layout, rules in entry.layouts.items()}
+    for part in parts:
+        for layout, wanted in tables.items():
+            rules = entry.layouts[layout]
             fits = sum(key in part and tuple(part[key].shape) == spec.shape for key, spec in wanted.items())
             unknown = mismatch.unknown_keys(part, wanted, rules)
             found.append(_Match(fits / len(wanted), 1 - len(unknown) / max(1, len(part)), part, layout))
@@ -180,7 +181,8 @@ def _match(entry: Entry, module: nnx.Module, parts: Sequence[Arrays]) -> _Match:
 
 
 def _parts(path: str | Path, known: Sequence[manifests.File]) -> list[Arrays]:
-    """The parts of a weights file that may be meant: those under known keys, the whole, those with the most tensors.
+    """The parts of a weights file that may be meant: those under known keys, the whole, those with the most tensors;
+    last come those whose names all begin with one word, without it.
 
     Somebody may have saved the part alone, or under another name, and safetensors have no parts. Raises as
     `weights.open_weights`.
@@ -189,7 +191,8 @@ def _parts(path: str | Path, known: Sequence[manifests.File]) -> list[Arrays]:
         whole = weight_files.open_weights(path)
         beside = [Path(path).with_name(file.beside) for file in known if file.beside]
         second = next((other for other in beside if other.is_file() and other.name != Path(path).name), None)
-        return [whole] if second is None else [_together(whole, weight_files.open_weights(second)), whole]
+        found = [whole] if second is None else [_together(whole, weight_files.open_weights(second)), whole]
+        return _and_without_shared_words(found)
     found, first_error = [], None
     for key in dict.fromkeys([*(file.key for file in known), "", *torch_file.parts(path)[:4]]):
         try:
@@ -198,7 +201,11 @@ def _parts(path: str | Path, known: Sequence[manifests.File]) -> list[Arrays]:
             first_error = first_error or error
     if not found:
         raise first_error
-    return found
+    return _and_without_shared_words(found)
+
+
+def _and_without_shared_words(parts: list[LazyArrays]) -> list[LazyArrays]:
+    return parts + [shorter for part in parts for shorter in part.without_shared_words()[1:]]
 
 
 def _together(first: LazyArrays, second: LazyArrays) -> LazyArrays:

@@ -34,6 +34,10 @@ _ALLOWED = """
 _OPCODES = frozenset(_ALLOWED.split())
 # The C unpickler makes instances of types alone; `Attributes` is the only type that `find_class` ever returns.
 _SCRIPT_OPCODES = _OPCODES | {"NEWOBJ"}
+_DEEPEST = 100  # tuples in tuples: C recurses into them without a guard to hash one, and runs off its stack
+_BITS = 4096  # of a number; torch.save's own have up to 80
+_AXES = 32  # of a tensor: as many as every NumPy takes
+_EXPANDED = 2**30  # bytes that a tensor may stand for by strides of zero, where they are more than its storage has
 
 
 class Damaged(ValueError):
@@ -119,6 +123,11 @@ class Storage(_Inert):
     def __init__(self, key: str, dtype: np.dtype | None, length: int, start: int = 0):
         self.key, self.dtype, self.length, self.start = key, dtype, length, start
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize if self.dtype else 1
+
 
 class Tensor(_Inert):
     """A strided window on a storage. Sizes, strides and offset count elements of `dtype`."""
@@ -128,6 +137,14 @@ class Tensor(_Inert):
     def __init__(self, storage: Storage, dtype: np.dtype, offset: int, shape: tuple, strides: tuple):
         self.storage, self.dtype, self.offset = storage, dtype, offset
         self.shape, self.strides = shape, strides
+
+    @property
+    def end(self) -> int:
+        """Bytes of the storage up to the tensor's last one."""
+        if 0 in self.shape:
+            return 0
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize
 
 
 def _rebuild_tensor(storage, offset, size, stride, *_ignored, dtype=None):
@@ -140,11 +157,17 @@ def _rebuild_tensor(storage, offset, size, stride, *_ignored, dtype=None):
         raise Damaged("a tensor on an untyped storage without a dtype")
     if len(shape) != len(strides) or not all(type(v) is int and v >= 0 for v in (offset, *shape, *strides)):
         raise Damaged(f"a tensor with offset {offset!r}, size {size!r}, stride {stride!r}")
-    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if math.prod(shape) else -1
-    bytes_there = storage.length * (storage.dtype.itemsize if storage.dtype else 1)
-    if (last + 1) * dtype.itemsize > bytes_there:
+    if len(shape) > _AXES:
+        raise Damaged(f"a tensor with {len(shape)} axes")
+    # A stride that is never walked may be anything; NumPy wants all of them to be numbers of 64 bits.
+    strides = tuple(s if n > 1 and 0 not in shape else 0 for n, s in zip(shape, strides, strict=True))
+    tensor = Tensor(storage, dtype, offset, shape, strides)
+    bytes_there = storage.length * storage.width
+    if tensor.end > bytes_there:
         raise Damaged(f"a tensor of size {shape} reaches beyond its storage of {bytes_there} bytes")
-    return Tensor(storage, dtype, offset, shape, strides)
+    if math.prod(n for n in shape if n) * dtype.itemsize > max(bytes_there, _EXPANDED):
+        raise Damaged(f"a tensor of size {shape} of a storage of {bytes_there} bytes")
+    return tensor
 
 
 def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, *_ignored):
@@ -166,6 +189,8 @@ def _ordered_dict(items=()):
 
 
 def _size(items=()):
+    if not all(type(item) is int for item in items):
+        raise Damaged("a torch.Size of what are no numbers")
     return tuple(items)
 
 
@@ -238,8 +263,9 @@ def scan(stream: io.BufferedIOBase, script: bool = False) -> bytes:
     """
     start = stream.tell()
     strings: list[Any] = [None, None]  # the latest two pushed: what STACK_GLOBAL will most likely take
-    memo: dict[int, Any] = {}
-    last_was_string, pushed, target = False, 0, ""
+    memo: dict[int, tuple[Any, int]] = {}  # (string or None, nesting)
+    stack: list[int | None] = []  # how deep tuples are nested in each object; None: a mark
+    last_was_string, target = False, ""
     try:
         for opcode, argument, position in pickletools.genops(stream):
             name = opcode.name
@@ -255,14 +281,16 @@ def scan(stream: io.BufferedIOBase, script: bool = False) -> bytes:
             # Memo slots are counted by pickle; an absurd index is only there to make the unpickler allocate.
             if name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > position - start:
                 raise Damaged(f"memo index {argument} at byte {position - start}")
+            if type(argument) is int and argument.bit_length() > _BITS:
+                raise Damaged(f"a number of {argument.bit_length()} bits at byte {position - start}")
+            _follow(opcode, stack)
             # Follow strings through the memo, so that a refusal by STACK_GLOBAL can name its target.
             if name == "MEMOIZE" or name.endswith("PUT"):
-                index = pushed if name == "MEMOIZE" else argument
-                memo[index] = strings[-1] if last_was_string else None
-                pushed += 1
+                index = len(memo) if name == "MEMOIZE" else argument
+                memo[index] = (strings[-1] if last_was_string else None, _top(stack))
                 continue
             if name.endswith("GET"):
-                argument = memo.get(argument)
+                argument, stack[-1] = memo.get(argument, (None, 0))
             last_was_string = isinstance(argument, str) and name not in ("GLOBAL", "INT", "LONG", "FLOAT")
             if last_was_string:
                 strings = [strings[-1], argument]
@@ -273,6 +301,37 @@ def scan(stream: io.BufferedIOBase, script: bool = False) -> bytes:
     end = stream.tell()
     stream.seek(start)
     return stream.read(end - start)
+
+
+def _follow(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
+    """What an opcode does to the nesting of tuples on the stack. Damaged: too deep, or it takes what is not there."""
+    before, taken = opcode.stack_before, []
+    if opcode.name == "MARK" or (opcode.name == "POP" and stack and stack[-1] is None):
+        stack.append(None) if opcode.name == "MARK" else stack.pop()
+        return
+    if pickletools.markobject in before:
+        while _top(stack, mark=True) is not None:
+            taken.append(stack.pop())
+        stack.pop()
+        before = before[: before.index(pickletools.markobject)]
+    for _ in before:
+        taken.append(_top(stack))
+        stack.pop()
+    if opcode.name.startswith("TUPLE"):
+        depth = 1 + max(taken, default=0)
+        if depth > _DEEPEST:
+            raise Damaged(f"tuples nested more than {_DEEPEST} deep")
+    elif opcode.name == "REDUCE":  # at most the arguments themselves come back
+        depth = max(taken)
+    else:  # the container that something was put into, or something new
+        depth = taken[-1] if before else 0
+    stack += [depth] * len(opcode.stack_after)
+
+
+def _top(stack: list[int | None], mark: bool = False) -> int | None:
+    if not stack or (stack[-1] is None and not mark):
+        raise Damaged("its stack is empty")
+    return stack[-1]
 
 
 def load(stream: io.BufferedIOBase, storage: Callable[[tuple], Storage] | None = None, *, script: bool = False) -> Any:

@@ -1,5 +1,6 @@
 """Tells a weights file's format by its content, and says in words what other things people save as `.pth`."""
 
+import struct
 import zipfile
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def _zip_kind(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
         raise ValueError(
             f"{path}: truncated or damaged: it starts like a PyTorch zip file but its directory at the end "
             f"cannot be read ({error}); download it again"

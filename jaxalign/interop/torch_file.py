@@ -23,22 +23,24 @@ from jaxalign.interop.restricted_pickle import Attributes, Damaged, Refused, Sto
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+_MOST = 10_000_000  # entries of all containers of a file, each counted wherever it is held
+_DEEPEST = 100  # containers in containers
 
 
 def read(path: str | Path, *, key: str | None = None, lazy: bool = False) -> Mapping[str, np.ndarray]:
     """Tensors of a file that torch.save wrote, by name; numbers as they are (bf16, fp16, ints, bool).
 
     `key` says which part of a file with several parts is meant ('state_dict', 'model', 'ema', dotted for
-    parts of parts); nested dicts inside it get dotted names. `lazy=True` gives read-only views of the
-    memory-mapped file instead of arrays of their own. Entries that are no tensors (step counts, names) are
-    left out; a TorchScript archive gives its module's state dict. Raises ValueError: truncated, a web page,
-    safetensors, a pickle that wants anything but tensors (named), no or several parts without `key` (lists
-    them); FileNotFoundError, IsADirectoryError.
+    parts of parts); the only one need not be named. Nested dicts inside it get dotted names. `lazy=True` gives
+    read-only views of the memory-mapped file instead of arrays of their own. Entries that are no tensors (step
+    counts, names) are left out; a TorchScript archive gives its module's state dict. Raises ValueError:
+    truncated, a web page, safetensors, a pickle that wants anything but tensors (named), no or several parts
+    without `key` (lists them); FileNotFoundError, IsADirectoryError.
     """
     path = Path(path)
     tree, storage_bytes, release = _open(path)
     tensors = _flatten(_select(tree, key, path), path)
-    views = {name: _view(tensor, storage_bytes) for name, tensor in tensors.items()}
+    views = {name: _view(tensor, storage_bytes, path) for name, tensor in tensors.items()}
     arrays = LazyArrays(views, str(path), release)
     return arrays if lazy else {name: np.array(array, order="C") for name, array in arrays.items()}
 
@@ -60,6 +62,7 @@ def _open(path: Path) -> tuple[Any, "_Bytes", Callable[[], None]]:
             tree, storage_bytes = _open_legacy(path, raw)
         else:
             tree, storage_bytes = _open_zip(path, raw, script=kind == sniff.TORCHSCRIPT)
+        _size_up(tree, {})
     except Refused as error:
         raise ValueError(
             f"{path}: refused: its pickle wants {error}, and only tensors in dicts, lists and tuples are "
@@ -90,7 +93,7 @@ def _open_zip(path: Path, raw: np.ndarray, script: bool) -> tuple[Any, _Bytes]:
         try:
             big = endian is not None and archive.read(endian).strip() == b"big"
             program = archive.read(pickles[0])
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error) as error:
             raise Damaged(str(error)) from error
 
     def storage_bytes(key: str) -> np.ndarray:
@@ -107,10 +110,8 @@ def _open_zip(path: Path, raw: np.ndarray, script: bool) -> tuple[Any, _Bytes]:
         return raw[start : start + info.file_size]
 
     def storage(pid: tuple) -> Storage:
-        _, storage_type, key, _location, length = pid[:5]
-        record = _storage(storage_type, key, length)
-        width = record.dtype.itemsize if record.dtype else 1
-        if record.length * width > storage_bytes(record.key).size:
+        record = _whole(pid)  # (tensors of a TorchScript archive may read one record as two kinds of numbers)
+        if record.length * record.width > storage_bytes(record.key).size:
             raise Damaged(f"record data/{record.key} is shorter than its {record.length} elements")
         return record
 
@@ -121,12 +122,13 @@ def _open_zip(path: Path, raw: np.ndarray, script: bool) -> tuple[Any, _Bytes]:
 
 
 def _open_legacy(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
-    lengths: dict[str, tuple[int, int]] = {}  # root storage -> (elements, bytes of one)
+    roots: dict[str, Storage] = {}
 
     def storage(pid: tuple) -> Storage:
-        _, storage_type, key, _location, length = pid[:5]
-        root = _storage(storage_type, key, length)
-        lengths[root.key] = (root.length, root.dtype.itemsize if root.dtype else 1)
+        root = _whole(pid)
+        first = roots.setdefault(root.key, root)  # the bytes come last and are as many as one of them says: all agree
+        if root.length != first.length or (root.length and root.dtype != first.dtype):
+            raise Damaged(f"storage {root.key} once with {first.length} elements, then {root.length} or others")
         view = pid[5] if len(pid) > 5 else None
         if view is None:
             return root
@@ -141,7 +143,7 @@ def _open_legacy(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
             raise ValueError(f"{path}: a pickle, but not one that torch.save made")
         protocol = restricted_pickle.load(file)
         if protocol != _LEGACY_PROTOCOL:
-            raise Damaged(f"protocol {protocol!r} instead of {_LEGACY_PROTOCOL}")
+            raise Damaged(f"another protocol than {_LEGACY_PROTOCOL}")
         restricted_pickle.load(file)  # sizes of C types where the file was written; storages do not need them
         tree = restricted_pickle.load(file, storage)
         keys = restricted_pickle.load(file)
@@ -149,36 +151,41 @@ def _open_legacy(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
 
     places: dict[str, np.ndarray] = {}
     for key in keys if isinstance(keys, list) else ():
-        if key not in lengths:
-            raise Damaged(f"storage {key!r} belongs to no tensor")
-        length, width = lengths[key]
+        if type(key) is not str:
+            raise Damaged("a storage whose key is no text")
+        if key not in roots or key in places:
+            raise Damaged(f"storage {key!r:.40} belongs to no tensor, or comes twice")
+        root = roots[key]
         written = raw[position : position + 8].tobytes()
-        if len(written) < 8 or struct.unpack("<q", written)[0] != length:
+        if len(written) < 8 or struct.unpack("<q", written)[0] != root.length:
             raise Damaged(f"the file ends, or goes wrong, at storage {key} (byte {position})")
-        start, position = position + 8, position + 8 + length * width
+        start, position = position + 8, position + 8 + root.length * root.width
         if position > raw.size:
             raise Damaged(f"the file ends at byte {raw.size}, storage {key} at byte {position}")
         places[key] = raw[start:position]
-    if missing := lengths.keys() - places.keys():
+    if missing := roots.keys() - places.keys():
         raise Damaged(f"no bytes for storage {sorted(missing)[0]}")
     return tree, lambda key: (places[key], False)  # legacy storages are little-endian on every machine
 
 
-def _storage(storage_type: Any, key: Any, length: Any) -> Storage:
+def _whole(pid: tuple) -> Storage:
+    _, storage_type, key, _location, length = pid[:5]
     natural = type(length) is int and length >= 0
     if not isinstance(storage_type, StorageType) or type(key) is not str or not natural:
-        raise Damaged(f"storage {key!r} with length {length!r}")
+        raise Damaged(f"storage {key!r:.40} with length {length!r:.40}")
     return Storage(key, storage_type.dtype, length)
 
 
 # ---- from records to arrays --------------------------------------------------------------------------------
 
 
-def _view(tensor: Tensor, storage_bytes: _Bytes) -> Callable[[], np.ndarray]:
+def _view(tensor: Tensor, storage_bytes: _Bytes, path: Path) -> Callable[[], np.ndarray]:
     def build() -> np.ndarray:
         raw, big = storage_bytes(tensor.storage.key)
         width = tensor.dtype.itemsize
-        start = tensor.storage.start * (tensor.storage.dtype.itemsize if tensor.storage.dtype else 1)
+        start = tensor.storage.start * tensor.storage.width
+        if start + tensor.end > raw.size:  # as_strided looks at no bounds: nothing passes here that was not asked now
+            raise ValueError(f"{path}: damaged: a tensor ends beyond its storage {tensor.storage.key}")
         raw = raw[start + tensor.offset * width :]
         elements = raw[: raw.size // width * width].view(tensor.dtype)
         strides = tuple(stride * width for stride in tensor.strides)
@@ -199,25 +206,44 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(index), child) for index, child in enumerate(node))
 
 
+def _size_up(node: Any, known: dict[int, tuple[int, int] | None], depth: int = 0) -> tuple[int, int]:
+    """(entries below a node, levels), by the id of each container: what walking the tree will take.
+
+    A few bytes can hold one list many times over, many levels deep. Raises Damaged for more than anybody writes.
+    """
+    if not isinstance(node, (dict, list, tuple)):
+        return 0, 0
+    if id(node) not in known:
+        known[id(node)] = None
+        entries, levels = len(node), 1
+        for _, child in _children(node) if depth < _DEEPEST else ():
+            more, deeper = _size_up(child, known, depth + 1)
+            entries, levels = entries + more, max(levels, 1 + deeper)
+        if depth == _DEEPEST or levels > _DEEPEST or entries > _MOST:
+            raise Damaged(f"containers more than {_DEEPEST} deep, or with more than {_MOST:,} entries")
+        known[id(node)] = entries, levels
+    if known[id(node)] is None:
+        raise Damaged("a container holds itself")
+    return known[id(node)]
+
+
 def _flatten(tree: Any, path: Path) -> dict[str, Tensor]:
     """All tensors below `tree` under dotted names."""
     tensors: dict[str, Tensor] = {}
 
-    def walk(node, prefix, above):
-        if id(node) in above or len(above) > 100:
-            raise ValueError(f"{path}: damaged: the container {prefix!r} holds itself")
+    def walk(node, prefix):
         for name, child in _children(node):
             full = f"{prefix}.{name}" if prefix else name
             if isinstance(child, Tensor):
                 if full in tensors:
-                    raise ValueError(f"{path}: two tensors are called {full!r}; choose a part with key=")
+                    raise ValueError(f"{path}: two tensors in it are called {full!r}")
                 tensors[full] = child
             else:
-                walk(child, full, above | {id(node)})
+                walk(child, full)
 
     if isinstance(tree, Tensor):
         return {"": tree}
-    walk(tree, "", frozenset())
+    walk(tree, "")
     if not tensors:
         raise ValueError(f"{path}: no tensors in it")
     return tensors
@@ -237,12 +263,18 @@ def _candidates(tree: Any, prefix: str = "", depth: int = 3) -> dict[str, int]:
 
 
 def _select(tree: Any, key: str | None, path: Path) -> Any:
-    """The part of the file that `key` names; None is the whole, if it is a module or directly holds tensors."""
+    """The part of the file that `key` names; None is the whole, if it is a module or directly holds tensors, or the
+    only part that does.
+    """
     if key is None:
         if isinstance(tree, (Tensor, Attributes)) or any(isinstance(child, Tensor) for _, child in _children(tree)):
             return tree
-        listed = _listed(tree)
-        raise ValueError(f"{path}: the weights are inside a part of it; say which with key=: {listed}")
+        if len(candidates := list(_candidates(tree))) != 1:
+            raise ValueError(
+                f"{path}: which of its parts is meant? {_listed(tree)}; save that one alone with torch: "
+                "torch.save(part, 'weights.pth')"
+            )
+        key = candidates[0]
     node, rest = tree, key
     while rest:
         children = dict(_children(node))

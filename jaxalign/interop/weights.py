@@ -1,14 +1,12 @@
 """One door for weight files of any kind: the content decides which reader opens them, not the name."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from jaxalign.interop import npz_file, safetensors_file, sniff, torch_file
+from jaxalign.interop.arrays import LazyArrays
 
 
-def open_weights(path: str | Path, *, key: str | None = None, prefix: str = "") -> Mapping[str, np.ndarray]:
+def open_weights(path: str | Path, *, key: str | None = None, prefix: str = "") -> LazyArrays:
     """Lazy mapping name -> array of a .pth/.pt/.bin, .safetensors, .safetensors.index.json or .npz file.
 
     Arrays are read-only views of the memory-mapped file. `key` chooses a part of a PyTorch file, as in

@@ -10,11 +10,12 @@ names the frozen base instead, which every start reads; its `fingerprint` stands
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,11 @@ from flax import nnx
 
 from jaxalign.codecs import folder as published
 from jaxalign.interop import lora_file, mapping, mismatch, sealed, sniff, torch_file
+from jaxalign.interop.arrays import LazyArrays
 from jaxalign.interop.rules import Fixed, Rule
 from jaxalign.interop.weights import open_weights
 from jaxalign.models import cogvideox_folder
+from jaxalign.training import published as whole_folder
 from jaxalign.training import restore
 from jaxalign.training.mesh import named_leaves
 
@@ -60,6 +63,8 @@ def begin(config: Any, run: Any, state: Any, *, say: Callable[[str], None] = pri
 
     Raises ValueError and OSError, one line, for weights that are not there or do not fit.
     """
+    if line := note(config, run):
+        say(line)
     model = state.trainable["model"]
     if (adapters := _adapters(config, run, model)) is not None:
         say(f"adapters start from {config.lora.weights}")
@@ -72,6 +77,19 @@ def begin(config: Any, run: Any, state: Any, *, say: Callable[[str], None] = pri
         old.delete()
     trainable = {**state.trainable, "model": model}
     return dataclasses.replace(state, trainable=trainable, ema=jax.tree.map(jnp.copy, model))
+
+
+def note(config: Any, run: Any) -> str:
+    """A line where a published folder was trained with another process than this run's (it may be intended), or ''."""
+    path = Path(config.get("init_from", {}).get("path") or "")
+    folder = path.parent if path.name == "transformer" else path
+    if not path.name or not (folder / "scheduler" / "scheduler_config.json").is_file():
+        return ""
+    try:
+        differ = whole_folder.other_process(folder, run.task.process)
+    except ValueError as error:
+        return f"note: {error}"
+    return differ and f"note: by its scheduler/, {folder} was trained with {differ}"
 
 
 def base(config: Any, student: Any, model_config: Any, place: Callable[[Any], Any] | None = None, dtype: Any = None):
@@ -333,9 +351,10 @@ class _Some(Mapping):
         return len(self._names)
 
 
-def _open_arrays(path: Path, source: str, config, student, model_config) -> Mapping[str, np.ndarray]:
+def _open_arrays(path: Path, source: str, config, student, model_config) -> LazyArrays:
     """Lazy arrays in upstream's names of a folder or a file."""
     name = config.model.name
+    names = functools.cache(lambda: _upstream_names(student, model_config))
     if path.is_dir() and (path / f"{name}.safetensors").is_file():  # what convert --to torch wrote
         path = path / f"{name}.safetensors"
     if path.is_dir():
@@ -346,8 +365,26 @@ def _open_arrays(path: Path, source: str, config, student, model_config) -> Mapp
             cogvideox_folder.check(upstream, model_config, student.presets)
         except ValueError as error:
             raise ValueError(f"config.init_from.path = {path}: {error}") from None
-        return arrays
+        return arrays.fitting(names)
     if sniff.kind(path) in (sniff.TORCH_ZIP, sniff.TORCH_LEGACY):
-        parts = torch_file.parts(path)
-        return open_weights(path, key=next((part for part in PARTS[source] if part in parts), None))
-    return open_weights(path)
+        return _open_part(path, source, names)
+    return open_weights(path).fitting(names)
+
+
+def _open_part(path: Path, source: str, names: Callable[[], Container[str]]) -> LazyArrays:
+    """The part of a training file that `source` means; under a name that nobody knows, the only one that fits."""
+    parts = torch_file.parts(path)
+    key = next((part for part in PARTS[source] if part in parts), None)
+    try:
+        return open_weights(path, key=key).fitting(names)
+    except ValueError:  # several
+        found = [open_weights(path, key=part).fitting(names) for part in parts[:4]]
+        found = [arrays for arrays in found if any(name in names() for name in arrays)]
+        if len(found) != 1:
+            raise
+        return found[0]
+
+
+def _upstream_names(student, model_config) -> Container[str]:
+    model = jax.eval_shape(lambda: student.model(model_config, rngs=nnx.Rngs(0)))
+    return mapping.upstream_shapes(model, student.weight_rules(model_config))

@@ -30,21 +30,32 @@ class Outcome(NamedTuple):
 
 
 def read(root: Path) -> tuple[list[Outcome], list[str]]:
-    """(the finished runs in the folders of `root`, by name; remarks on the others). FileNotFoundError without any."""
-    outcomes, unfinished, groups = [], [], {}
+    """(the finished runs in the folders of `root`, by name; remarks on the others). FileNotFoundError without any.
+
+    A run that lies in two folders counts once: twice the same seed would pass for two.
+    """
+    outcomes, unfinished, groups, first, again = [], [], {}, {}, []
     for path in sorted(root.glob("*/config.json")):
         config, summary = read_config(path.parent), read_json(path.parent / "summary.json")
         name = path.parent.name
         if summary.get("step", 0) < config.steps or "held_out" not in summary:
             unfinished.append(name)
             continue
-        same = json.dumps({k: v for k, v in config_lib.identity(config).items() if k != "seed"}, sort_keys=True)
+        whole = config_lib.identity(config)
+        if (known := first.setdefault(json.dumps([whole, config.steps], sort_keys=True), name)) != name:
+            again.append(f"{name} (as {known})")
+            continue
+        same = json.dumps({k: v for k, v in whole.items() if k != "seed"}, sort_keys=True)
         group = groups.setdefault((same, config.steps), re.sub(r",?\bseed=[^,]*", "", name).strip(",") or name)
         outcomes.append(Outcome(name, group, config, summary, path.parent))
     if not outcomes:
         raise FileNotFoundError(f"{root} holds no finished run: give the --root of launch/sweep.py")
-    more = f" and {len(unfinished) - 5} more" if len(unfinished) > 5 else ""
-    return outcomes, [f"not finished and left out: {', '.join(unfinished[:5])}{more}"] if unfinished else []
+    left_out = {"not finished and left out": unfinished, "the same run again and left out": again}
+    return outcomes, [f"{why}: {_few(names)}" for why, names in left_out.items() if names]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def size_of(config: ml_collections.ConfigDict) -> tuple[int, int]:

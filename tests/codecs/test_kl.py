@@ -138,6 +138,12 @@ def test_a_folder_goes_in_and_out_bit_for_bit(tmp_path, old):
     assert {name: bits(array) for name, array in after.items()} == {name: bits(array) for name, array in stored.items()}
     video = jnp.tanh(draw((2, 3, 8, 12, 3)))
     assert np.array_equal(encode(vae, video, jax.random.key(5)), encode(ours(), video, jax.random.key(5)))
+    # its weights alone, as somebody's trainer on several GPUs may have saved them
+    parallel = {f"module.{name}": torch.from_numpy(np.array(array)) for name, array in stored.items()}
+    torch.save({"net": parallel, "step": 3}, tmp_path / "alone.pt")
+    settings = {field: getattr(vae.config, field) for field in vae.config.__dataclass_fields__}
+    alone = codecs.load("sd_kl", tmp_path / "alone.pt", **settings)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(vae), strict=True))
     if old:  # diffusers takes what is written, and has the same weights
         safetensors_file.write(path, after)
         again = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae")

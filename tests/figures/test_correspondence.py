@@ -76,6 +76,17 @@ def test_queries_lie_on_what_moves():
     assert len(maps.moving_queries(square(), (2, 2, 2), 9)) == 4
 
 
+@pytest.mark.filterwarnings("error")
+def test_queries_of_what_does_not_move():
+    for video in (square()[:1], square()[:1].repeat(5, 0)):  # one frame, a still clip: the texture decides
+        found = maps.moving_queries(video, (1, 16, 16), 3)
+        assert len(set(found)) == 3 and all(6 <= i < 10 and 1 <= j < 5 for _, i, j in found)
+    for frames in (1, 4):  # nothing to choose by: inside of the picture, and apart
+        places = np.asarray(maps.moving_queries(np.full((frames, 64, 64, 3), 90, np.uint8), (1, 16, 16), 4))[:, 1:]
+        apart = np.linalg.norm(places[:, None] - places[None], axis=-1)[~np.eye(4, dtype=bool)]
+        assert apart.min() >= 4 and places.min() > 0 and places.max() < 15
+
+
 def test_the_figure_shows_every_panel(tmp_path):
     panels = {"teacher": follow(2), "student, step 0": tokens(1), "student now": tokens(2, (2, 3, 4))}
     queries = [(0, 3, 1), (0, 1, 6)]

@@ -96,7 +96,8 @@ def test_the_figure_draws_every_point_where_it_went(tmp_path):
 def test_default_points_lie_on_what_moves():
     for y, x in trajectories.moving_points(moving_square(), 2):
         assert 0.37 <= y <= 0.63 and x <= 0.37
-    assert trajectories.moving_points(moving_square()[:1], 3) == [(0.53125, 0.53125)]
+    (y, x), *more = trajectories.moving_points(moving_square()[:1], 3)  # of one frame: on what has texture
+    assert 0.37 <= y <= 0.63 and x <= 0.37 and len(more) == 2
 
 
 def test_an_xt_slice_is_one_row_of_every_frame(tmp_path):

@@ -109,6 +109,20 @@ def test_files_of_others(tiny, tmp_path, style):
     assert same(lora_file.load(given, jax.eval_shape(lambda: adapters), RULES, alpha=alpha), adapters)
 
 
+def test_what_a_refusal_says_to_write_is_taken(tiny, tmp_path):
+    """rsLoRA's alpha, 10·√4·√2 here, has no end that could be written."""
+    _, adapters = tiny
+    safetensors_file.write(tmp_path / "adapter_model.safetensors", mapping.state_dict(adapters, RULES))
+    about = dict(r=4, lora_alpha=10 * 2**0.5, use_rslora=True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about))
+    abstract = jax.eval_shape(lambda: adapters)
+    with pytest.raises(ValueError, match=r"write --config\.lora\.rank=4 --config\.lora\.alpha=") as error:
+        lora_file.load(tmp_path, abstract, RULES, alpha=28.28)
+    said = float(str(error.value).split("lora.alpha=")[1])
+    assert said != lora_file.read(tmp_path).alpha
+    assert same(lora_file.load(tmp_path, abstract, RULES, alpha=said), adapters)
+
+
 def test_what_does_not_fit_is_said(tiny, tmp_path):
     _, adapters = tiny
     path = lora_file.write(tmp_path / "l.safetensors", adapters, RULES, rank=4, alpha=10.0, dtype=ml_dtypes.bfloat16)

@@ -168,7 +168,7 @@ def test_long_lists_are_cut(vdit_state):
 
 def test_a_prefix_on_every_key_is_named(vdit_state):
     state = {f"module.{name}": array for name, array in vdit_state.items()}
-    with pytest.raises(ValueError, match=r"every key starts with 'module\.': open the file with prefix='module\.'"):
+    with pytest.raises(ValueError, match=r"all of these are there behind 'module\.': save a file without that"):
         mapping.load_state_dict(jax.eval_shape(vdit_like), state, VDIT_RULES)
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxalign.interop import torch_file
+from jaxalign.interop import restricted_pickle, torch_file
 from jaxalign.interop.dtypes import TORCH_STORAGE
 
 torch = pytest.importorskip("torch")
@@ -199,7 +199,7 @@ def test_parts_need_a_key(tmp_path):
     }
     path = save(value, tmp_path / "w.pth")
     with pytest.raises(
-        ValueError, match=r"say which with key=: 'state_dict' \(2 tensors\), 'ema.shadow.x' \(1 tensor\)"
+        ValueError, match=r"which of its parts is meant\? 'state_dict' \(2 tensors\), 'ema.shadow.x' \(1 tensor\)"
     ):
         torch_file.read(path)
     assert torch_file.parts(path) == ["state_dict", "ema.shadow.x", "optimizer.state.0"]
@@ -209,6 +209,8 @@ def test_parts_need_a_key(tmp_path):
         torch_file.read(path, key="model")
     with pytest.raises(ValueError, match="no tensors"):
         torch_file.read(path, key="epoch")
+    only = save({"net": {"student": {"w": torch.ones(1), "b": torch.ones(2)}}, "epoch": 3}, tmp_path / "only.pth")
+    assert list(torch_file.read(only)) == ["w", "b"]
 
 
 def test_single_tensor(tmp_path):
@@ -334,3 +336,159 @@ def test_tensor_beyond_its_storage(tmp_path):
     path.write_bytes(data.replace(size, b"K\x05\x85"))
     with pytest.raises(ValueError, match="reaches beyond its storage of 16 bytes"):
         torch_file.read(path)
+
+
+# ---- files that nobody's torch.save wrote: ValueError for each, and the process lives --------------------------------
+
+
+def _number(value):
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def _text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def _tuple(*items):
+    return b"(" + b"".join(items) + b"t"
+
+
+def _tensor(length, offset=0, size=(1,), stride=(1,), kind="FloatStorage", key=None, view=b""):
+    """The program that makes a tensor of storage '0'."""
+    of = _tuple(_text("storage"), f"ctorch\n{kind}\n".encode(), key or _text("0"), _text("cpu"), _number(length), view)
+    sizes = (_tuple(*map(_number, numbers)) for numbers in (size, stride))
+    return b"ctorch._utils\n_rebuild_tensor\n" + _tuple(of + b"Q", _number(offset), *sizes) + b"R"
+
+
+def _dict(*values, setitem=b"s"):
+    items = (_text(f"w{k}") + value + setitem for k, value in enumerate(values))
+    return b"\x80\x02}" + b"".join(items) + b"."
+
+
+def _write(path, program, keys=("0",), legacy=True):
+    """A file whose only storage has one float."""
+    if legacy:
+        head = [pickle.dumps(v, 2) for v in (torch_file._LEGACY_MAGIC, torch_file._LEGACY_PROTOCOL, {})]
+        keys = keys if isinstance(keys, bytes) else pickle.dumps(list(keys), 2)
+        path.write_bytes(b"".join(head) + program + keys + struct.pack("<qf", 1, 2.5))
+    else:
+        _zip(path, {"a/data.pkl": program, "a/data/0": struct.pack("<f", 2.5)})
+    return path
+
+
+FAR = 200_000_000
+OF_LEGACY = {"two kinds", "a view beyond", "no view"}  # zip files: each within its record, and there are no views
+NESTED_LISTS = b"\x80\x02]" + b"]" * 5000 + b"a" * 5000 + b"."
+HOSTILE = {
+    "two lengths": _dict(_tensor(FAR, size=(2,), stride=(FAR - 1,)), _tensor(1)),
+    "two lengths, the short one first": _dict(_tensor(1), _tensor(FAR, size=(2,), stride=(FAR - 1,))),
+    "two kinds": _dict(_tensor(1, kind="DoubleStorage"), _tensor(1, kind="ByteStorage")),
+    "a view beyond": _dict(_tensor(1, view=_tuple(_text("v"), _number(1), _number(2**70)))),
+    "no view": _dict(_tensor(1, view=_number(3))),
+    "a key that is no text": _dict(_tensor(1, key=_number(0))),
+    "offset < 0": _dict(_tensor(1, offset=-1)),
+    "stride < 0": _dict(_tensor(1, size=(2,), stride=(-1,))),
+    "sizes < 0": _dict(_tensor(1, size=(-2, -3), stride=(1, 1))),
+    "length < 0": _dict(_tensor(-1, size=(0,))),
+    "a size that overflows": _dict(_tensor(1, size=(2**32, 2**32), stride=(0, 0))),
+    "a size that fills the memory": _dict(_tensor(1, size=(2**40,), stride=(0,))),
+    "nothing of a size that overflows": _dict(_tensor(1, size=(0, 2**70), stride=(1, 1))),
+    "100 axes": _dict(_tensor(1, size=(1,) * 100, stride=(1,) * 100)),
+    "a long number": b"\x80\x02}\x8b" + struct.pack("<i", 10_000) + b"\x7f" * 10_000 + _tensor(1) + b"s.",
+    "nested tuples": b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "nested tuples, one by one": b"\x80\x04})\x94" + b"0h\x00\x85q\x00" * 200 + b"K\x01s.",
+    "nested sizes": b"\x80\x02})" + b"q\x000ctorch\nSize\n]h\x00a\x85R" * 200 + b"K\x01s.",
+    "nested lists": NESTED_LISTS,
+    "a list of itself": b"\x80\x02]q\x00(" + b"h\x00" * 300 + b"e.",
+    "a list of lists of one tensor": b"\x80\x02]"
+    + _tensor(1)
+    + b"a"
+    + b"".join(b"q%c](h%ch%ch%ce" % (k, k, k, k) for k in range(60))
+    + b".",
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("which", HOSTILE)
+def test_hostile_tensors_are_refused(tmp_path, which, legacy):
+    if not legacy and which in OF_LEGACY:
+        return
+    path = _write(tmp_path / "w.pth", HOSTILE[which], legacy=legacy)
+    for reading in (torch_file.parts, torch_file.read):
+        with pytest.raises(ValueError, match=r"w\.pth: truncated or damaged"):
+            reading(path)
+
+
+def test_harmless_oddities_are_read(tmp_path):
+    """Strides that are never walked; storages of nothing under one key."""
+    program = _dict(_tensor(1, size=(1, 1), stride=(2**80, 2**62)), _tensor(1, size=(0, 2), stride=(2**70, 1)))
+    for legacy in (False, True):
+        found = torch_file.read(_write(tmp_path / "w.pth", program, legacy=legacy))
+        assert found["w0"].tolist() == [[2.5]] and found["w1"].shape == (0, 2)
+    nothing = torch.zeros(0)
+    save({"a": nothing, "b": nothing.view(torch.int64)}, tmp_path / "w.pth", legacy=True)
+    assert {n: a.dtype.name for n, a in torch_file.read(tmp_path / "w.pth").items()} == {"a": "float32", "b": "int64"}
+
+
+@pytest.mark.parametrize("keys", [[["0"]], [0], ["0", "0"], ["1"], [], "0", NESTED_LISTS], ids=str)
+def test_odd_lists_of_storages(tmp_path, keys):
+    keys = keys if isinstance(keys, bytes) else pickle.dumps(keys, 2)
+    with pytest.raises(ValueError, match=r"w\.pth: truncated or damaged"):
+        torch_file.read(_write(tmp_path / "w.pth", _dict(_tensor(1)), keys))
+
+
+def test_the_bound_is_asked_where_the_view_is_built(tmp_path):
+    """Whatever went wrong before: as_strided never looks beyond the bytes that there are."""
+    storage = restricted_pickle.Storage("0", np.dtype("f4"), FAR)
+    tensor = restricted_pickle.Tensor(storage, np.dtype("f4"), 0, (2,), (FAR - 1,))
+    build = torch_file._view(tensor, lambda key: (np.zeros(4, np.uint8), False), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w\.pth: damaged: a tensor ends beyond its storage 0"):
+        build()
+
+
+def test_odd_zip_directories(tmp_path):
+    path = save({"w": torch.ones(3)}, tmp_path / "w.pth")
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x01\x02") + 6] = 255  # a version of the format that does not exist
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"w\.pth: truncated or damaged"):
+        torch_file.read(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "torchscript"])
+def test_changed_bytes(tmp_path, kind):
+    """Small files with some bytes changed: read, or ValueError."""
+    tensors = {"w": torch.ones(2, 3), "t": torch.ones(2, 3).T, "half": torch.ones(2).half(), "parts": {"n": 1}}
+    path = tmp_path / "w.pth"
+    if kind == "torchscript":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    else:
+        save(tensors, path, kind == "legacy")
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    records = {}
+    if kind != "legacy":
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+    program = next((name for name in records if name.endswith("data.pkl")), None)
+
+    def changed(data):
+        data = bytearray(data)
+        for _ in range(random.integers(1, 4)):
+            data[random.integers(len(data))] = random.choice(
+                [0, 1, 127, 255, *b"QRt(.sKa\x85\x86", random.integers(256)]
+            )
+        return bytes(data)
+
+    refused = 0
+    for step in range(100):
+        if kind != "legacy" and step % 2:  # the pickle, with a checksum that is right
+            _zip(path, records | {program: changed(records[program])})
+        else:
+            path.write_bytes(changed(whole))
+        for reading in (torch_file.parts, torch_file.read):
+            try:
+                reading(path)
+            except ValueError:
+                refused += 1
+    assert refused > 30

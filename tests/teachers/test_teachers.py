@@ -176,8 +176,11 @@ def test_the_files_own_form_is_found(tmp_path, layout):
     moments = {i: {"exp_avg": tensor} for i, tensor in enumerate(tensors.values())}
     torch.save({"optimizer": {"state": moments}, "ema": {"weights": tensors}}, tmp_path / "mine.pth")
     safetensors_file.write(tmp_path / "w.safetensors", state | extra)
+    parallel = {f"module.{key}": array for key, array in (state | extra).items()}  # of several processes
+    safetensors_file.write(tmp_path / "p.safetensors", parallel)
+    torch.save({"mine": {f"net.{key}": torch.from_numpy(array) for key, array in parallel.items()}}, tmp_path / "p.pth")
     module = abstract("videomaev2_g", **TINY_MAE)  # its files have the parts 'module' and 'model'
-    for file in ("model.pth", "module.pth", "bare.pth", "mine.pth", "w.safetensors"):
+    for file in ("model.pth", "module.pth", "bare.pth", "mine.pth", "w.safetensors", "p.safetensors", "p.pth"):
         loaded = teachers.load_upstream("videomaev2_g", module, tmp_path / file)
         assert (loaded.layout, loaded.left_out) == (layout, list(extra))
         same_leaves(wanted, loaded.module)

@@ -105,6 +105,35 @@ def test_the_whole_student_from_every_kind_of_path(run, student, latte, tmp_path
     assert state.ema.x_embedder.proj.kernel is not state.trainable["model"].x_embedder.proj.kernel
 
 
+def test_names_of_a_parallel_trainer(run, latte, tmp_path):
+    parallel = {f"module.{name}": np.array(array) for name, array in weights.open_weights(latte).items()}
+    safetensors_file.write(tmp_path / "w.safetensors", parallel)
+    init_from.check(small(init_from=dict(path=str(tmp_path / "w.safetensors"))), run)
+
+
+def test_parts_that_nobody_knows(tmp_path):
+    path, names = tmp_path / "w.pt", ("blocks.0.w", "blocks.1.w", "last.w")
+    tensors = {name: torch.full((2,), float(k)) for k, name in enumerate(names)}
+    parallel = {f"module.net.{name}": tensor for name, tensor in tensors.items()}
+    moments = {"state": {k: {"exp_avg": tensor} for k, tensor in enumerate(tensors.values())}}
+    few = {name: tensors[name] for name in names[:2]}  # one word that is the network's own stays
+    for content, wanted in (
+        (tensors, names),
+        (parallel, names),
+        ({"net": parallel, "step": 3}, names),
+        ({"opt": moments, "net": tensors}, names),
+        ({"ema": parallel, "net": moments}, names),
+        (few, names[:2]),
+    ):
+        torch.save(content, path)
+        found = init_from._open_part(path, "ema", lambda: names)
+        assert {name: float(array[0]) for name, array in found.items()} == {n: names.index(n) for n in wanted}
+    torch.save({"one": tensors, "two": parallel}, path)
+    with pytest.raises(ValueError, match=r"which of its parts is meant\? 'one' .*save that one alone") as error:
+        init_from._open_part(path, "ema", lambda: names)
+    assert "key=" not in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_part_by_regex_and_the_rest_stays_fresh(run, student, latte, tmp_path):
     with Checkpoints(tmp_path / "checkpoints", say=lambda line: None) as checkpoints:
         checkpoints.save(5, {"ema": student})

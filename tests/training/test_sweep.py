@@ -148,6 +148,90 @@ def test_methods_are_points_and_slurm_gets_a_job_each(sweep, tmp_path, capfd, mo
     assert len((tmp_path / "jobs").read_text().splitlines()) == 2
 
 
+def workdirs(sweep, capfd, *arguments):
+    """Names of the folders of all points, without training one."""
+    assert sweep.main([*arguments, "--run=print"]) == 0
+    out, err = capfd.readouterr()
+    assert not err
+    return [Path(path).name for path in re.findall(r"--workdir=([^ ']+)", out)]
+
+
+def test_added_points_leave_the_names_of_the_others(sweep, tmp_path, capfd):
+    """Also where the names would have been others, had all been there from the start."""
+    arguments = ["--grid=seed=0", f"--root={tmp_path / 's'}", "--config.steps=7"]
+    scaling, trd = "--config=configs/scaling.py", "--point=configs/trd.py:demo --config.align.schedule=linear"
+    first = workdirs(sweep, capfd, scaling, *arguments)
+    assert first == ["seed=0"]
+    second = workdirs(sweep, capfd, scaling, trd, *arguments)  # a second file
+    assert second == [*first, "trd-demo,schedule=linear,seed=0"]
+    other = "--point=configs/baseline.py --config.optimizer.schedule=linear"  # a second field with this last word
+    third = workdirs(sweep, capfd, other, scaling, trd, *arguments)
+    assert third == [second[0], "baseline,optimizer.schedule=linear,seed=0", second[1]]
+    assert workdirs(sweep, capfd, trd, *arguments[1:], "--grid=seed=0,1") == [
+        second[1],
+        "trd-demo,align.schedule=linear,seed=1",
+    ]
+    (alone,) = workdirs(sweep, capfd, "--config=configs/tsa.py", *arguments)  # not `seed=0`, which is another's
+    assert alone == "tsa,seed=0"
+    assert workdirs(sweep, capfd, f"--config={ROOT}/configs/scaling.py", *arguments) == first  # however it is written
+    assert len(statuses(tmp_path / "s")) == 5
+
+
+def test_what_squeue_cannot_say_is_not_submitted_again(sweep, tmp_path, capfd, monkeypatch):
+    arguments = ["--config=configs/scaling.py", "--grid=seed=0,1", f"--root={tmp_path / 's'}", "--run=slurm"]
+
+    def slurm(**programs):
+        for name, text in programs.items():
+            (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+
+    def submitted():
+        return len((tmp_path / "jobs").read_text().splitlines())
+
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    slurm(sbatch=f'echo "$@" >> {tmp_path}/jobs; echo 7', squeue="exit 1")
+    assert sweep.main(arguments) == 0 and submitted() == 2
+    slurm(squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    assert sweep.main(arguments) == 2 and submitted() == 2
+    assert "does job 7 still go? Nothing was submitted, for squeue said: slurm_load_jobs" in capfd.readouterr().err
+    slurm(squeue="echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    assert sweep.main(arguments) == 0 and submitted() == 4
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    slurm(squeue="")  # jobs that are not there any more; what cannot be noted is not submitted
+    monkeypatch.setattr(sweep, "write_atomic", full)
+    assert sweep.main(arguments) == 2 and submitted() == 4
+
+
+def test_a_full_disk_ends_no_sweep(sweep, stand_in, monkeypatch, capfd):
+    root, write, calls = stand_in / "s", sweep.write_atomic, []
+
+    def full(path, text):
+        calls.append(text)
+        if 2 <= len(calls) <= 5:  # the first is of before anything has started
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(sweep, "write_atomic", full)
+    assert sweep.main([*GRID, f"--root={root}"]) == 0
+    out, err = capfd.readouterr()
+    assert "4 finished" in out and err.count("cannot be written") == 1
+    assert set(statuses(root).values()) == {"finished"}  # the later writes know the earlier ones
+    # Where none came through, the workdirs tell.
+    (root / "sweep.json").write_text(json.dumps({"grid": ["model.width", "seed"], "common": {}, "points": {}}))
+    assert sweep.main([*GRID, f"--root={root}", "--run=print"]) == 0
+    assert capfd.readouterr().out.strip() == "" and set(statuses(root).values()) == {"finished"}
+
+
+def test_a_run_that_cannot_start_ends_no_sweep(sweep, stand_in, capfd):
+    (stand_in / "s" / "logs" / "width=64,seed=1.log").mkdir(parents=True)
+    assert sweep.main([*GRID, f"--root={stand_in / 's'}"]) == 1
+    out = capfd.readouterr().out
+    assert "failed to start: width=64,seed=1: [Errno 21]" in out and "3 finished" in out.splitlines()[-1]
+
+
 def test_gpus_are_shared_evenly(sweep, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
     assert sweep.shares_of_gpus(2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,5"}]
@@ -212,6 +296,15 @@ def test_evaluate_scaling_reads_workdirs(tmp_path, capsys):
     assert len(runs) == 5 and remarks == ["not finished and left out: width=64,seed=1"]
     points, remarks = outcomes.scaling_points(runs)
     assert points[-1].compute == 6 * points[-1].parameters * points[-1].tokens and "6 · parameters" in remarks[0]
+    twin = tmp_path / "scaling,width=64,seed=0"
+    twin.mkdir()
+    for file in ("config.json", "summary.json"):
+        (twin / file).write_bytes((tmp_path / "width=64,seed=0" / file).read_bytes())
+    again, remarks = outcomes.read(tmp_path)
+    assert (
+        len(again) == 5
+        and remarks[1] == "the same run again and left out: width=64,seed=0 (as scaling,width=64,seed=0)"
+    )
     with pytest.raises(FileNotFoundError, match="holds no finished run"):
         outcomes.read(tmp_path / "width=64,seed=0")
 
