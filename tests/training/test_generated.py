@@ -163,7 +163,7 @@ def test_a_folder_of_videos(run, mean_colour, tmp_path):
     assert row["protocol"].startswith("Align4Gen but for n 3 (2048), frames 2 (16)") and "steps" not in row["protocol"]
     assert any("3 features of width 6" in line and "at least 7" in line for line in said)
     assert any("shorter than 2 frames: 1 videos (the first: short.mp4)" in line for line in said)
-    with pytest.raises(ValueError, match=r"--videos '.*videos': nothing in its .* num_frames=9 frames .*; lower --frames"):
+    with pytest.raises(ValueError, match=r"--videos '.*videos': nothing in its .* num_frames=9 .*; lower --frames"):
         scoring.score("clip", videos=str(tmp_path / "videos"), **(asked | dict(frames=9)))
     assert (tmp_path / "out" / "evaluate_fvd_mean_colour.json").is_file()
 
