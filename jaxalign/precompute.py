@@ -14,7 +14,8 @@ The folder holds one clip a window (its centre; --variants takes more, evenly sp
 image. The same command goes on where it was stopped; another --what adds to the folder. Several processes or machines
 deal out the shards by number: --num_processes=N --process_id=K on each, or --shard_range=A:B; Slurm, Open MPI and TPU
 slices on GKE are detected, TPU VMs elsewhere with --detect_cluster. Videos that cannot be read are skipped, counted and
-named; where 16 in a row cannot, the disk is gone: the command stops and keeps nothing of them.
+named; where 16 in a row cannot, nor the last one that could, the disk is gone: the command stops and keeps nothing of
+them.
 """
 
 import contextlib
@@ -174,9 +175,9 @@ def _watched(
 ) -> Iterator[Any]:
     """The results of tasks, in their order, while the disk is there.
 
-    Where as many videos in a row cannot be read as make training give up, others are tried, first the last one that
-    could be: if one can, these are a folder of bad files; if none, OSError, and what was made meanwhile and lacks them
-    goes, or it would lack them for ever.
+    Where as many videos in a row cannot be read as make training give up, the last one that could be is read again
+    (where none was, others are tried): if it can, these are a folder of bad files; if not, OSError, and what was made
+    meanwhile and lacks them goes, or it would lack them for ever.
     """
     known = None
     for task, (item, *read) in zip(tasks, stream, strict=True):
@@ -186,8 +187,8 @@ def _watched(
             doubtful.clear()
         else:
             failed[item] = read[0]
-            others = (known, tasks[0], tasks[len(tasks) // 2], tasks[-1])
-            if len(failed) >= pipeline.GIVE_UP_AFTER and any(_reads(other) for other in others if other):
+            others = (known,) if known else (tasks[0], tasks[len(tasks) // 2], tasks[-1])
+            if len(failed) >= pipeline.GIVE_UP_AFTER and any(_reads(other) for other in others):
                 failed.clear()
                 doubtful.clear()
             elif len(failed) >= pipeline.GIVE_UP_AFTER:

@@ -100,6 +100,12 @@ def main(argv: list[str]) -> int:
             "give --workdir, the folder of a run (runs/tsa-demo-1a2b3c4d), or --folder, a published one (CogVideoX-2b)"
         )
     share = precompute.share(given)
+    with processes.leaving_at_once():
+        return sample(given, share)
+
+
+def sample(given: flags.FlagValues, share: tuple[int, int]) -> int:
+    """What the command line asks, as one of several processes; the exit status."""
     names = ("sampler", "steps", "guidance_scale", "dynamic_guidance", "fps")
     changes = {k: given[k].value for k in names if given[k].value is not None}
     words = [*(prompted.read_prompts(given.prompts) if given.prompts else ()), *given.prompt]
@@ -123,8 +129,7 @@ def main(argv: list[str]) -> int:
         subject = prompted.of_folder(given.folder, dtype=setup.DTYPES[precision], tiling=given.tiling, **size)
     out = Path(given.out) if given.out else Path(given.workdir or "runs/prompts") / "samples" / "prompts"
     options = dict(count=given.count or 1, seed=given.seed, at_once=given.at_once, share=share)
-    with processes.leaving_at_once():
-        paths = draw_prompts(subject, words, out, **options, **changes)
+    paths = draw_prompts(subject, words, out, **options, **changes)
     print("\n".join([str(path) for path in paths if path.is_file()][:8]))
     return 0
 

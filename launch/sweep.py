@@ -16,7 +16,8 @@ ROOT/logs/ has what a run said.
 --run=print   the commands of all that is not finished, for any other scheduler
 
 Ctrl-C and SIGTERM are passed on; once more stops at once. Exit status: 0 all finished (or submitted), 1 a point failed
-(the others have run), 2 a mistake in the input and nothing has started, 130 or 143 stopped with everything saved.
+(the others have run), 2 a mistake in the input (or sbatch refused: what was submitted before goes on), 130 or 143
+stopped with everything saved.
 """
 
 import argparse

@@ -162,12 +162,37 @@ def test_processes_share_the_list_and_none_waits_for_one_without_work(undrawn, t
 
     monkeypatch.setattr(prompted.time, "sleep", meanwhile)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    checked = []
+    for check in ("check_agreement", "check_shared"):  # of these two only one is there
+        monkeypatch.setattr(prompted.processes, check, checked.append)
     files = prompted.draw(SUBJECT, asked, tmp_path, share=(0, 2), **options)
     assert undrawn == [["a", "c"], ["b"]] and all(file.is_file() for file in files)
     indices = sorted(path.name for path in tmp_path.glob("index*"))
     assert indices == ["index-00000-of-00002.jsonl", "index-00001-of-00002.jsonl"]
     prompted.draw(SUBJECT, asked, tmp_path, **options)
-    assert len(undrawn) == 2
+    assert len(undrawn) == 2 and tmp_path in checked
+
+
+def test_the_newest_line_of_several_indices_counts(undrawn, tmp_path):
+    """Names of indices are in another order than they were written in."""
+    asked, quiet = prompted.ask(["a", "b"]), dict(say=lambda line: None)
+    for path in prompted.draw(SUBJECT, asked, tmp_path, steps=50, **quiet):
+        path.unlink()
+    for k in range(2):
+        prompted.draw(SUBJECT, asked, tmp_path, share=(k, 2), steps=20, **quiet)
+    prompted.draw(SUBJECT, asked, tmp_path, steps=20, **quiet)
+    assert undrawn == [["a", "b"], ["a"], ["b"]]
+
+
+def test_a_run_trained_again_is_another_and_older_lines_are_taken(undrawn, tmp_path):
+    (one,), quiet = prompted.ask(["a"]), dict(say=lambda line: None)
+    first, second = (SUBJECT._replace(about={"checkpoint": digest}) for digest in ("1f", "2e"))
+    prompted.draw(SUBJECT._replace(about={}), [one], tmp_path / "before", **quiet)
+    prompted.draw(first, [one], tmp_path / "before", **quiet)
+    assert undrawn == [["a"]]
+    prompted.draw(first, [one], tmp_path / "now", **quiet)
+    with pytest.raises(ValueError, match="was drawn with checkpoint = '1f', not '2e'"):
+        prompted.draw(second, [one], tmp_path / "now", **quiet)
 
 
 def test_a_torn_line_of_the_index_does_not_take_the_next_with_it(undrawn, tmp_path):

@@ -14,6 +14,7 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,15 @@ _OPCODES = frozenset(_ALLOWED.split())
 # The C unpickler makes instances of types alone; `Attributes` is the only type that `find_class` ever returns.
 _SCRIPT_OPCODES = _OPCODES | {"NEWOBJ"}
 _DEEPEST = 100  # tuples in tuples: C recurses into them without a guard to hash one, and runs off its stack
+_HELD = 1_000_000  # tuples below a tuple, counted wherever they are held, as hashing it or writing it out does
 _BITS = 4096  # of a number; torch.save's own have up to 80
 _AXES = 32  # of a tensor: as many as every NumPy takes
 _EXPANDED = 2**30  # bytes that a tensor may stand for by strides of zero, where they are more than its storage has
+
+
+def shown(thing: Any) -> str:
+    """The beginning of a thing's text; the whole of one that holds another many times over would fill the memory."""
+    return reprlib.repr(thing)[:60]
 
 
 class Damaged(ValueError):
@@ -156,7 +163,7 @@ def _rebuild_tensor(storage, offset, size, stride, *_ignored, dtype=None):
     if dtype is None:
         raise Damaged("a tensor on an untyped storage without a dtype")
     if len(shape) != len(strides) or not all(type(v) is int and v >= 0 for v in (offset, *shape, *strides)):
-        raise Damaged(f"a tensor with offset {offset!r}, size {size!r}, stride {stride!r}")
+        raise Damaged(f"a tensor with offset {shown(offset)}, size {shown(size)}, stride {shown(stride)}")
     if len(shape) > _AXES:
         raise Damaged(f"a tensor with {len(shape)} axes")
     # A stride that is never walked may be anything; NumPy wants all of them to be numbers of 64 bits.
@@ -251,7 +258,7 @@ class _Unpickler(pickle.Unpickler):
         is_storage = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"
         if not is_storage or self._storage is None:
             what = pid[0] if isinstance(pid, tuple) and pid else pid
-            raise Refused(f"an external object {what!r}, which is not a storage")
+            raise Refused(f"an external object {shown(what)}, which is not a storage")
         return self._storage(pid)
 
 
@@ -263,8 +270,8 @@ def scan(stream: io.BufferedIOBase, script: bool = False) -> bytes:
     """
     start = stream.tell()
     strings: list[Any] = [None, None]  # the latest two pushed: what STACK_GLOBAL will most likely take
-    memo: dict[int, tuple[Any, int]] = {}  # (string or None, nesting)
-    stack: list[int | None] = []  # how deep tuples are nested in each object; None: a mark
+    memo: dict[int, tuple[Any, _Nesting]] = {}  # (string or None, nesting)
+    stack: list[_Nesting | None] = []  # None: a mark
     last_was_string, target = False, ""
     try:
         for opcode, argument, position in pickletools.genops(stream):
@@ -290,7 +297,7 @@ def scan(stream: io.BufferedIOBase, script: bool = False) -> bytes:
                 memo[index] = (strings[-1] if last_was_string else None, _top(stack))
                 continue
             if name.endswith("GET"):
-                argument, stack[-1] = memo.get(argument, (None, 0))
+                argument, stack[-1] = memo.get(argument, (None, _FLAT))
             last_was_string = isinstance(argument, str) and name not in ("GLOBAL", "INT", "LONG", "FLOAT")
             if last_was_string:
                 strings = [strings[-1], argument]
@@ -303,7 +310,11 @@ def scan(stream: io.BufferedIOBase, script: bool = False) -> bytes:
     return stream.read(end - start)
 
 
-def _follow(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
+_Nesting = tuple[int, int]  # of tuples in an object: how deep, how many
+_FLAT = (0, 0)
+
+
+def _follow(opcode: pickletools.OpcodeInfo, stack: list[_Nesting | None]) -> None:
     """What an opcode does to the nesting of tuples on the stack. Damaged: too deep, or it takes what is not there."""
     before, taken = opcode.stack_before, []
     if opcode.name == "MARK" or (opcode.name == "POP" and stack and stack[-1] is None):
@@ -318,17 +329,17 @@ def _follow(opcode: pickletools.OpcodeInfo, stack: list[int | None]) -> None:
         taken.append(_top(stack))
         stack.pop()
     if opcode.name.startswith("TUPLE"):
-        depth = 1 + max(taken, default=0)
-        if depth > _DEEPEST:
-            raise Damaged(f"tuples nested more than {_DEEPEST} deep")
+        nesting = 1 + max((depth for depth, _ in taken), default=0), 1 + sum(held for _, held in taken)
+        if nesting[0] > _DEEPEST or nesting[1] > _HELD:
+            raise Damaged(f"tuples nested more than {_DEEPEST} deep, or more than {_HELD:,} of them in one")
     elif opcode.name == "REDUCE":  # at most the arguments themselves come back
-        depth = max(taken)
+        nesting = max(depth for depth, _ in taken), max(held for _, held in taken)
     else:  # the container that something was put into, or something new
-        depth = taken[-1] if before else 0
-    stack += [depth] * len(opcode.stack_after)
+        nesting = taken[-1] if before else _FLAT
+    stack += [nesting] * len(opcode.stack_after)
 
 
-def _top(stack: list[int | None], mark: bool = False) -> int | None:
+def _top(stack: list[_Nesting | None], mark: bool = False) -> _Nesting | None:
     if not stack or (stack[-1] is None and not mark):
         raise Damaged("its stack is empty")
     return stack[-1]

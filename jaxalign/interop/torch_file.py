@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxalign.interop import restricted_pickle, sniff
 from jaxalign.interop.arrays import LazyArrays, map_file
-from jaxalign.interop.restricted_pickle import Attributes, Damaged, Refused, Storage, StorageType, Tensor
+from jaxalign.interop.restricted_pickle import Attributes, Damaged, Refused, Storage, StorageType, Tensor, shown
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
@@ -135,7 +135,7 @@ def _open_legacy(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
         _view_key, start, view_length = view
         natural = all(type(v) is int and v >= 0 for v in (start, view_length))
         if not natural or start + view_length > root.length:
-            raise Damaged(f"a view {view!r} beyond storage {root.key}")
+            raise Damaged(f"a view {shown(view)} beyond storage {root.key}")
         return Storage(root.key, root.dtype, view_length, start)
 
     with path.open("rb") as file:
@@ -154,7 +154,7 @@ def _open_legacy(path: Path, raw: np.ndarray) -> tuple[Any, _Bytes]:
         if type(key) is not str:
             raise Damaged("a storage whose key is no text")
         if key not in roots or key in places:
-            raise Damaged(f"storage {key!r:.40} belongs to no tensor, or comes twice")
+            raise Damaged(f"storage {shown(key)} belongs to no tensor, or comes twice")
         root = roots[key]
         written = raw[position : position + 8].tobytes()
         if len(written) < 8 or struct.unpack("<q", written)[0] != root.length:
@@ -172,7 +172,7 @@ def _whole(pid: tuple) -> Storage:
     _, storage_type, key, _location, length = pid[:5]
     natural = type(length) is int and length >= 0
     if not isinstance(storage_type, StorageType) or type(key) is not str or not natural:
-        raise Damaged(f"storage {key!r:.40} with length {length!r:.40}")
+        raise Damaged(f"storage {shown(key)} with length {shown(length)}")
     return Storage(key, storage_type.dtype, length)
 
 
@@ -269,7 +269,9 @@ def _select(tree: Any, key: str | None, path: Path) -> Any:
     if key is None:
         if isinstance(tree, (Tensor, Attributes)) or any(isinstance(child, Tensor) for _, child in _children(tree)):
             return tree
-        if len(candidates := list(_candidates(tree))) != 1:
+        if not (candidates := list(_candidates(tree))):
+            raise ValueError(f"{path}: no tensors in it, nor in the first three levels of its parts")
+        if len(candidates) > 1:
             raise ValueError(
                 f"{path}: which of its parts is meant? {_listed(tree)}; save that one alone with torch: "
                 "torch.save(part, 'weights.pth')"

@@ -24,7 +24,7 @@ from jaxalign.training import evaluation, prompts, showing
 from jaxalign.training.data_settings import clip_settings, split_batch
 from jaxalign.training.outcomes import Outcome
 from jaxalign.training.report import read_json
-from jaxalign.training.restore import find_checkpoint
+from jaxalign.training.restore import find_checkpoint, step_folders
 from jaxalign.training.trained import open_run
 
 METHODS = ("baseline", "repa", "trd", "tsa", "m_tsa", "moalign", "align4gen")
@@ -188,11 +188,10 @@ def _ask(members: Sequence[Outcome], questions: Questions, reference: Reference,
     """The columns of each run of one group, which share what is compiled."""
     found, compiled = [], {}
     for outcome in members:
-        checkpoint = find_checkpoint(outcome.workdir, say=say)  # trained again, the same step is another
-        identity = f"step {checkpoint.name}, {sealed.identity(checkpoint)}"
-        asked = {"questions": dataclasses.asdict(questions), "checkpoint": identity, "version": 2}
         kept = read_json(outcome.workdir / KEPT)
-        if kept.get("asked") != asked:
+        if kept.get("asked") != _asked(questions, _newest(outcome.workdir)):  # all bytes are read for new answers only
+            checkpoint = find_checkpoint(outcome.workdir, say=say)
+            asked = _asked(questions, checkpoint)
             say(f"{outcome.name}: {questions.samples} samples")
             values, videos = _measure(outcome, checkpoint, questions, compiled)
             values |= of_videos(videos, outcome.config)
@@ -201,6 +200,18 @@ def _ask(members: Sequence[Outcome], questions: Questions, reference: Reference,
             write_atomic(outcome.workdir / KEPT, json.dumps(kept, indent=2) + "\n")
         found.append({name: float(value) for name, value in kept["values"].items()})
     return found
+
+
+def _newest(workdir: Path) -> Path | None:
+    """A run's newest checkpoint that has a manifest, whether or not it is whole."""
+    folders = (workdir / "checkpoints" / str(step) for step in reversed(step_folders(workdir / "checkpoints")))
+    return next((folder for folder in folders if (folder / sealed.NAME).is_file()), None)
+
+
+def _asked(questions: Questions, checkpoint: Path | None) -> dict:
+    """What an answer is the answer to. The digest is there because trained again, the same step is another."""
+    identity = None if checkpoint is None else f"step {checkpoint.name}, {sealed.identity(checkpoint)}"
+    return {"questions": dataclasses.asdict(questions), "checkpoint": identity, "version": 2}
 
 
 def _measure(

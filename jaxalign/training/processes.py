@@ -218,7 +218,7 @@ def check_shared(folder: Path) -> None:
     with all_or_none("workdir"):
         found = token.read_text() if token.is_file() else None
         if found != text:
-            raise ValueError(f"{folder} is not the folder of process 0: give a --workdir that all of them share")
+            raise ValueError(f"{folder} is not the folder of process 0: give one that all of them share")
     if jax.process_index() == 0:
         token.unlink(missing_ok=True)
 

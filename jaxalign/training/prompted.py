@@ -22,10 +22,11 @@ from jaxtyping import Array, Float
 
 from jaxalign import codecs
 from jaxalign.figures import video as video_files
+from jaxalign.interop import sealed
 from jaxalign.tasks.aligning import cast
 from jaxalign.tasks.denoising import DenoisingTask
 from jaxalign.training import config as config_lib
-from jaxalign.training import contents, setup, trained
+from jaxalign.training import contents, processes, setup, trained
 from jaxalign.training import prompts as prompts_lib
 from jaxalign.training import published as published_lib
 from jaxalign.training.mesh import batch_sharding, make_mesh, replicate, replicated
@@ -81,9 +82,9 @@ def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
 
     s = config.sample
     settings = {name: s[name] for name in SAMPLING} | {"steps": s.steps, "fps": s.fps}
-    # A workdir's config never changes, so the step says everything.
     name = f"{weights} of {Path(workdir).resolve()}, step {checkpoint.name}"
-    return Subject(name, {}, task, run.latent_shape, 0, embed, load, settings)
+    about = {"checkpoint": sealed.identity(checkpoint)}  # trained again, the same step is another
+    return Subject(name, about, task, run.latent_shape, 0, embed, load, settings)
 
 
 def of_folder(path: str | Path, **size: Any) -> Subject:
@@ -144,6 +145,8 @@ def draw(
     settings = subject.settings | changes
     of = dict(of=subject.name, **subject.about)
     rows = {a.file: dict(file=a.file, prompt=a.prompt, seed=a.seed, **of, **settings) for a in asked}
+    processes.check_agreement({"what is drawn": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]})
+    processes.check_shared(out)
     missing = _not_there(out, rows)
     # By place in the whole list: another process may look at the folder later, when more is there.
     mine = [a for k, a in enumerate(asked) if k % count == this and a.file in missing]
@@ -155,6 +158,8 @@ def draw(
             video_files.write_mp4(out / a.file, to_uint8(clip), fps)  # under a temporary name until it is whole
             _append(_index(out, share), rows[a.file])
             say(f"{number}/{len(mine)}  {out / a.file}")
+    if jax.process_count() > 1 and _not_there(out, rows):
+        say("waiting for the other processes")
     while jax.process_count() > 1 and _not_there(out, rows):
         time.sleep(1)  # leaving early would end the others: jax.distributed is shut down together
     if count > 1 and (theirs := _not_there(out, rows)):
@@ -247,7 +252,7 @@ def _append(index: Path, row: dict[str, Any]) -> None:
 def _not_there(out: Path, rows: dict[str, dict[str, Any]]) -> set[str]:
     """The files that are still to be drawn: those that are not there, or that no line of the index vouches for."""
     known = {}
-    for path in sorted(out.glob("index*.jsonl")):
+    for path in sorted(out.glob("index*.jsonl"), key=lambda path: path.stat().st_mtime_ns):  # the last word counts
         for line in path.read_bytes().split(b"\n"):  # a torn line may end inside of a character
             try:
                 row = json.loads(line)
@@ -261,6 +266,8 @@ def _not_there(out: Path, rows: dict[str, dict[str, Any]]) -> set[str]:
             continue
         here, there = json.loads(json.dumps(row)), known[file]
         different = [k for k in here | there if k not in here or k not in there or here[k] != there[k]]
+        if "checkpoint" not in there:  # of a run before that was written down: its step has to do
+            different = [k for k in different if k != "checkpoint"]
         if not different:
             continue
         name = different[0]

@@ -380,6 +380,7 @@ def _write(path, program, keys=("0",), legacy=True):
 FAR = 200_000_000
 OF_LEGACY = {"two kinds", "a view beyond", "no view"}  # zip files: each within its record, and there are no views
 NESTED_LISTS = b"\x80\x02]" + b"]" * 5000 + b"a" * 5000 + b"."
+MANY_TIMES = b"]q\x00" + b"".join(b"0](h%ch%ceq%c" % (k, k, k + 1) for k in range(60))
 HOSTILE = {
     "two lengths": _dict(_tensor(FAR, size=(2,), stride=(FAR - 1,)), _tensor(1)),
     "two lengths, the short one first": _dict(_tensor(1), _tensor(FAR, size=(2,), stride=(FAR - 1,))),
@@ -397,6 +398,8 @@ HOSTILE = {
     "100 axes": _dict(_tensor(1, size=(1,) * 100, stride=(1,) * 100)),
     "a long number": b"\x80\x02}\x8b" + struct.pack("<i", 10_000) + b"\x7f" * 10_000 + _tensor(1) + b"s.",
     "nested tuples": b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s.",
+    "one tuple many times": b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s.",
+    "a list many times in a key": _dict(_tensor(1, key=MANY_TIMES)),
     "nested tuples, one by one": b"\x80\x04})\x94" + b"0h\x00\x85q\x00" * 200 + b"K\x01s.",
     "nested sizes": b"\x80\x02})" + b"q\x000ctorch\nSize\n]h\x00a\x85R" * 200 + b"K\x01s.",
     "nested lists": NESTED_LISTS,
