@@ -8,13 +8,14 @@
 The folder gets its name when everything is in it: one that is there is whole.
 """
 
+import contextlib
 import gc
 import json
 import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,13 @@ def write(folder: str | Path, module: Any, *, kept: mapping.Arrays | None = None
     arrays = dict(mapping.named_leaves(module)[0])
     leaves = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in arrays.items()}
     with sealed.whole_folder(folder) as temporary:
-        logging.getLogger("absl").addFilter(_hide_orbax)
         try:
-            with _orbax() as checkpointer:  # whole leaves: cut into chunks, they would be copied all at once
+            with quiet_orbax(), _orbax() as checkpointer:  # whole leaves: cut into chunks, they would be copied at once
                 checkpointer.save(temporary / "state", args=ocp.args.PyTreeSave(arrays))
         except (OSError, MemoryError):
             raise
         except Exception as error:  # the storage library makes a ValueError of a full disk
             raise _as_os_error(error, folder) from error
-        finally:
-            logging.getLogger("absl").removeFilter(_hide_orbax)
         text = json.dumps({"format": FORMAT, **about, "kept": sorted(kept or {}), "leaves": leaves}, indent=1)
         (temporary / NOTE).write_text(text + "\n", encoding="utf-8")
         if kept:
@@ -87,9 +85,18 @@ def write(folder: str | Path, module: Any, *, kept: mapping.Arrays | None = None
     return folder
 
 
-def _hide_orbax(record: logging.LogRecord) -> bool:
-    """A log filter: Orbax prints the traceback of an error that it also raises; ours is one line."""
-    return "orbax" not in record.pathname or record.levelno > logging.ERROR
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Within it Orbax does not print the traceback of an error that it also raises; ours is one line."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or record.levelno > logging.ERROR
+
+    logging.getLogger("absl").addFilter(keep)
+    try:
+        yield
+    finally:
+        logging.getLogger("absl").removeFilter(keep)
 
 
 def _as_os_error(error: Exception, folder: Path) -> OSError:

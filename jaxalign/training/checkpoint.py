@@ -9,9 +9,9 @@ classes, and parts can be picked by regex. Processes share DIRECTORY; process 0 
 what is good.
 """
 
+import contextlib
 import errno
 import json
-import logging
 import os
 import shutil
 import socket
@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxalign.interop import sealed
+from jaxalign.interop.converted import quiet_orbax
 from jaxalign.training import restore
 from jaxalign.training.mesh import named_leaves
 
@@ -63,11 +64,6 @@ def _reason(error: BaseException) -> str:
     if "No space left on device" in text:
         return "no space left on the disk"
     return text if isinstance(error, OSError) else f"{type(error).__name__}: {text[:200]}"
-
-
-def _hide_orbax(record: logging.LogRecord) -> bool:
-    """A log filter: Orbax prints a traceback for an error that it also raises; ours is one line."""
-    return "orbax" not in record.pathname or record.levelno > logging.ERROR
 
 
 def agree(value: int) -> int:
@@ -116,7 +112,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         # Weights hardly compress: plain bytes cost less time and as much space.
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
-        logging.getLogger("absl").addFilter(_hide_orbax)
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_orbax())
         _finish_at_exit(self)
         if self._primary:
             check_writable(self.directory)
@@ -270,7 +267,7 @@ class Checkpoints:
         self.wait()
         self._orbax.close()
         self._remove_failed()
-        logging.getLogger("absl").removeFilter(_hide_orbax)
+        self._quiet.close()
 
     # ---- restoring
 
