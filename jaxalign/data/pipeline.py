@@ -7,9 +7,12 @@ bit the same for any number of hosts and of decode workers.
 """
 
 import dataclasses
+import errno
 import functools
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -79,11 +82,36 @@ def _told(source: Source, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _until_closed(iterator: grain.DatasetIterator, change: Callable) -> Generator[dict[str, np.ndarray], None, None]:
-    """The iterator's elements, changed; close() ends its threads and workers and lets go of it."""
+    """The iterator's elements, changed; close() ends its threads and workers and lets go of it.
+
+    Raises OSError where a worker was killed by what its machine lacks.
+    """
     try:
         yield from map(change, iterator)
+    except (RuntimeError, OSError) as error:
+        if why := _what_workers_lacked(error):
+            raise OSError(why) from error
+        raise
     finally:
         iterator.close()
+
+
+def _what_workers_lacked(error: RuntimeError | OSError) -> str:
+    """What the machine lacked where Grain found a worker dead or could start none, and what helps; else empty."""
+    ended_by = re.search(r"exit code -(\d+)", str(error))
+    number = int(ended_by[1]) if ended_by else 0
+    fewer = "or take fewer data.workers (0 needs none)"
+    # A tmpfs that is full ends who writes into it by SIGBUS.
+    if number == signal.SIGBUS or getattr(error, "errno", None) == errno.ENOSPC:
+        size = f" ({shutil.disk_usage('/dev/shm').total / 1e6:.0f} MB)" if os.path.isdir("/dev/shm") else ""
+        return (
+            f"data.workers: no room left in /dev/shm{size}, by which the workers hand over what they decode; each may "
+            f"hold {2 * AHEAD + 1} batches of this host there. Give a container more (docker run --shm-size=16g; "
+            f"Kubernetes: an emptyDir with medium: Memory at /dev/shm), {fewer}"
+        )
+    if number == signal.SIGKILL:
+        return f"data.workers: one of them was killed, as Linux does when memory runs out; give it more, {fewer}"
+    return ""
 
 
 def _begin_worker(worker: int, workers: int) -> None:

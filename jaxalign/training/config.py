@@ -1,6 +1,7 @@
 """Reading a run's config: command line in, one validated plain tree out, and what makes two runs the same run."""
 
 import difflib
+import gc
 import hashlib
 import json
 import os
@@ -70,7 +71,11 @@ def run_verb(main: Callable[[list[str]], int | None]) -> None:
     def guarded(argv):
         remember_compilations()
         try:
-            sys.exit(main(argv) or 0)
+            status = main(argv) or 0
+            # The last batches of decode workers lie in shared memory that JAX lets go of when rubbish is collected.
+            # What frees it ends before the interpreter does; after that Python speaks of leaks.
+            gc.collect()
+            sys.exit(status)
         except (ValueError, OSError, ImportError, FloatingPointError) as error:
             if flags.FLAGS.traceback:
                 raise

@@ -2,6 +2,7 @@
 files."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -89,15 +90,27 @@ def test_resuming_is_slicing(source):
     iterator.close()
 
 
-def test_workers_change_nothing(source):
+def test_workers_change_nothing_and_say_what_ended_them(source):
     """Real processes, in this test only."""
     settings = dict(seed=0, batch_size=4, hflip=True, **SIZE)
     alone = batches(source, **settings)
-    started = [batches(source, workers=workers, **settings).iterate(2) for workers in (1, 2)]
+    started, workers_of = [], []
     try:
-        for step in range(2, 7):
+        for workers in (1, 2):
+            others = set(multiprocessing.active_children())
+            started.append(batches(source, workers=workers, **settings).iterate(2))
+            _same(next(started[-1]), alone[2])
+            workers_of.append(set(multiprocessing.active_children()) - others)
+            assert len(workers_of[-1]) == workers
+        for step in range(3, 7):
             for iterator in started:
                 _same(next(iterator), alone[step])
+        ends = ((signal.SIGBUS, "no room left in /dev/shm.*--shm-size"), (signal.SIGKILL, "memory runs out"))
+        for iterator, children, (number, said) in zip(started, workers_of, ends, strict=True):
+            os.kill(children.pop().pid, number)
+            with pytest.raises(OSError, match=f"data.workers: .*{said}"):  # behind the batches that were ready
+                for _ in range(20):
+                    next(iterator)
     finally:
         for iterator in started:
             iterator.close()

@@ -179,7 +179,9 @@ def test_the_jobset_and_its_image():
     assert job["completions"] == machines and job["completionMode"] == "Indexed"
     limits = container["resources"]["limits"]
     assert limits == container["resources"]["requests"] and limits["google.com/tpu"] * machines == chips
-    assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {v["name"] for v in pod["volumes"]}
+    assert {"name": "memory", "emptyDir": {"medium": "Memory"}} in pod["volumes"] and mounts["memory"] == "/dev/shm"
     assert pod["restartPolicy"] == "Never" and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     check_command(container["args"], chips * slices["replicas"])
     asked = re.search(r"five values in CAPITALS\n# \((.*)\)", (LAUNCH / "gke_jobset.yaml").read_text())[1]
