@@ -49,6 +49,11 @@ def irepa(student, teacher, saliency, settings):
 
 def crepa(student, teacher, saliency, settings):
     """CREPA (§1): frame f against the teacher's frame f and, by exp(−d/τ), against its frames f ± d."""
+    if settings.neighbour < 1 or not settings.neighbour_tau > 0:
+        raise ValueError(
+            f"crepa: align.neighbour = {settings.neighbour} and align.neighbour_tau = {settings.neighbour_tau}; write "
+            "a distance of 1 frame or more and a positive decay (the paper: 1 and 1.0)"
+        )
     student, teacher = _flat(student), _flat(teacher)
     t, d = student.shape[1], settings.neighbour
     loss = cosine_distance(student, teacher)

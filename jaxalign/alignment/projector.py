@@ -79,7 +79,11 @@ def check_grids(student_grid: Grid, teacher_grid: Grid, config: ProjectorConfig)
 
 
 class Projector(nnx.Module):
-    """tokens[b, t, h, w, student_width] -> tokens on `config.grid((t, h, w))`, teacher_width wide."""
+    """tokens[b, t, h, w, student_width] -> tokens on `config.grid((t, h, w))`, teacher_width wide.
+
+    It begins as Flax's layers do, LeCun normal and no bias: our own choice. REPA's heads begin Xavier uniform, those of
+    VideoREPA as PyTorch's layers, 1/√3 as wide and with a bias.
+    """
 
     def __init__(self, config: ProjectorConfig, *, rngs: nnx.Rngs):
         self.config = config

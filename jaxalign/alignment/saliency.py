@@ -14,6 +14,7 @@ def motion_saliency(video: Float[Array, "b T H W 3"], grid: tuple[int, int, int]
       T = p·t            equal tubelets of p frames
       T = p·t + 1        frame 0 is dropped first (VideoMAEv2 at 49 frames sees 48, methods.md §2)
       T = p·(t − 1) + 1  frame 0 is a token frame alone, as in a causal video VAE (49 frames, t = 13)
+    but 9 frames on 3 are the last: such VAEs take four frames to one, and no teacher takes three.
     Where h or w does not divide the frame, a pixel counts for the cells it touches by the area in each.
     Raises ValueError for other numbers of frames and for a grid finer than the video.
     """
@@ -24,7 +25,7 @@ def motion_saliency(video: Float[Array, "b T H W 3"], grid: tuple[int, int, int]
     if t == 1:
         return jnp.zeros((len(video), 1, h, w), jnp.float32)
     video = video.astype(jnp.float32)
-    if frames % t == 0:
+    if frames % t == 0 and (frames, t) != (9, 3):
         p = frames // t
     elif (frames - 1) % t == 0:
         p = (frames - 1) // t

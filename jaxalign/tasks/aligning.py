@@ -87,6 +87,8 @@ def ask_teachers(
     """
     keys = dict.fromkeys(key for a in alignments for key in a.teachers)
     known = {key: asked[tokens_part(key)] for key in keys if asked and tokens_part(key) in asked}
+    # Folders may hold tokens in fp16 (precompute --dtype); the losses compute in fp32 and bf16.
+    known = {key: x.astype(jnp.float32) if x.dtype == jnp.float16 else x for key, x in known.items()}
     return {key: jax.lax.stop_gradient(known[key] if key in known else gathered(teachers[key])(video)) for key in keys}
 
 

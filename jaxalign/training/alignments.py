@@ -17,7 +17,7 @@ import ml_collections
 
 from jaxalign import teachers
 from jaxalign.alignment.grids import Grid
-from jaxalign.alignment.methods import AlignmentSettings, Cutoff, weight_schedule
+from jaxalign.alignment.methods import RELATIONAL, AlignmentSettings, Cutoff, weight_schedule
 from jaxalign.alignment.projector import ProjectorConfig, check_grids
 from jaxalign.alignment.saliency import motion_saliency
 from jaxalign.tasks.aligning import Alignment, tokens_part
@@ -163,6 +163,12 @@ def _common(section: Section, steps: int) -> dict[str, Any]:
     """The fields of an Alignment that every kind of it reads from its section alike."""
     fields = {f.name for f in dataclasses.fields(AlignmentSettings)}
     by_similarity = section["schedule"] == "similarity"
+    if by_similarity and section["method"] in RELATIONAL:
+        # 1 − distance of relations is high (TRD, MoAlign) or below zero (KL) where nothing has been learnt yet.
+        raise ValueError(
+            f"config.align.schedule = 'similarity' wants a method whose loss is a cosine; {section['method']} compares "
+            "relations and has no similarity: write schedule=cutoff with --config.align.schedule_steps=N"
+        )
     end = section["schedule_steps"] or steps
     return dict(
         method=section["method"],

@@ -52,6 +52,9 @@ def test_methods_are_their_definitions():
 
 def test_crepa_is_a_sum_over_neighbour_frames():
     student, teacher, _ = draw()
+    for wrong in (dict(neighbour=0), dict(neighbour=-1), dict(neighbour_tau=0.0)):
+        with pytest.raises(ValueError, match=r"crepa: align\.neighbour = .* and align\.neighbour_tau = "):
+            alignment_loss("crepa", student, teacher, settings=AlignmentSettings(**wrong))
     s, r = np.asarray(normalize(flat(student))), np.asarray(normalize(flat(teacher)))
     for d, tau in ((1, 1.0), (2, 0.5)):
         wanted = np.zeros(2)

@@ -118,6 +118,8 @@ def test_a_similarity_shuts_the_weight_off_and_is_part_of_the_state(batch):
         state, metrics = step(state, run.frozen, batch, jax.random.key(0))
         weights.append(float(metrics["align/repa_weight"]))
     assert weights == [0.5, 0.0] and float(metrics["loss"]) == float(metrics["denoising"])
+    with pytest.raises(ValueError, match="'similarity' wants a method whose loss is a cosine; trd compares relations"):
+        build(align=dict(method="trd", schedule="similarity"))
 
 
 def test_full_resolution_asks_the_teacher_for_more_pixels():
