@@ -1,10 +1,7 @@
 """The training loop, top to bottom: what is run, where it stands, one step after the other, what a person sees."""
 
 import json
-import re
 import signal
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -14,7 +11,6 @@ import numpy as np
 from jaxalign.data import pipeline
 from jaxalign.data.clips import Clip, Source, short_items
 from jaxalign.data.summary import summary as describe_source
-from jaxalign.figures import curves
 from jaxalign.figures.video import enlarge, grid
 from jaxalign.interop.sealed import write_atomic
 from jaxalign.training import (
@@ -29,26 +25,25 @@ from jaxalign.training import (
     setup,
     showing,
     subspaces,
-    tensorboard,
 )
 from jaxalign.training import config as config_lib
 from jaxalign.training.checkpoint import Checkpoints, agree, check_writable
 from jaxalign.training.data_settings import abstract_batch, clip_settings, split_batch, task_parts
+from jaxalign.training.ending import finish, leave, logged_summary
 from jaxalign.training.interrupt import Interrupts, Maintenance
-from jaxalign.training.mesh import batch_sharding, fetch, process_share
+from jaxalign.training.mesh import batch_sharding, process_share
 from jaxalign.training.optimizer import learning_rate
 from jaxalign.training.prepare import compiled_step, prepare
 from jaxalign.training.report import Report, first_screen, read_json
 from jaxalign.training.restore import step_folders
 from jaxalign.training.step import make_gradient_cosine
 from jaxalign.training.stopwatch import SlowHosts, Stopwatch
+from jaxalign.training.substitutes import Substitutes
 from jaxalign.training.watchdog import Profile, Recompilations, Watchdog
 
 HELD_OUT_CLIPS, HELD_OUT_TIMES = 8, 4  # of the loss curve; `evaluate loss` asks more
 # Of the summary: what this start knows, whatever an earlier one of the same run had found.
 ABOUT_THIS_START = ("config", "environment", "skipped_files")
-RATES = ("steps_per_second", "tokens_per_second", "data_wait_share", "flops_per_step", "flops_per_second", "mfu")
-DRAWN = re.compile(r"train/align/\w+(?<!_weight)|held_out/(?!denoising_)\w+|gradients/cosine")
 
 
 def train(
@@ -113,15 +108,11 @@ def train(
             with processes.all_or_none("init_from"):
                 state = init_from.begin(config, run, fresh(init_key), say=report.say)
         start = int(state.step)
-        if start >= config.steps:
+        finished = start >= config.steps
+        if finished:
             report.say(f"{workdir} is finished: step {start} of {config.steps}")
-            if agree(read_json(workdir / "summary.json").get("step", 0)) < start:  # killed behind its last save
-                losses = evaluation.held_out_losses(
-                    run, {**state.trainable, "model": state.ema}, held_out, times=HELD_OUT_TIMES
-                )
-                summary = {"held_out": evaluation.summarise(losses), **logged_summary(workdir, start), **about_data}
-                report.summary({"config": config.to_dict(), "environment": here, **summary}, whole=ABOUT_THIS_START)
-            return finish(report, workdir, leave(config, run, state, workdir))
+            if agree(read_json(workdir / "summary.json").get("step", 0)) >= start:
+                return finish(report, workdir, leave(config, run, state, workdir))
         report.first_screen(
             {"student": state.trainable["model"], "heads": state.trainable["heads"]},
             mesh=mesh,
@@ -142,15 +133,14 @@ def train(
             figure = showing.PredictedFlow(run, held_out[0])
         held_out_now: dict[str, float] = {}
         if run.task.alignments:
-            # A student that did not start fresh cannot be made again: its tokens at step 0 are kept in a file.
-            at_start = workdir / "figures" / "tokens_000000.npy" if init_from.is_read(config) else None
-            initial = state.trainable if not found else fresh(init_key).trainable if at_start is None else None
-            figure = showing.Correspondence(run, config, held_out[0], initial, at_start)
+            # The student's tokens at step 0 are kept in a file: to make it again would need room for a second state.
+            at_start = workdir / "figures" / "tokens_000000.npy"
+            figure = showing.Correspondence(run, config, held_out[0], None if found else state.trainable, at_start)
             cosine = jax.jit(make_gradient_cosine(run.task.denoising_loss, run.task.aligning_loss))
 
         def look(state, number, batch):
             """Everything that is not training: gradients' cosine, held-out losses, samples, the figure."""
-            if cosine is not None and (number % config.eval_every == 0 or number == config.steps):
+            if cosine is not None and batch and (number % config.eval_every == 0 or number == config.steps):
                 report.scalars(number, jax.device_get(cosine(state, run.frozen, batch, step_key)))
             if number % config.eval_every == 0 or number == config.steps:
                 trainable = {**state.trainable, "model": state.ema}
@@ -173,9 +163,19 @@ def train(
                             number, figure.name, figure(state.trainable, number, path if report.active else None)
                         )
 
+        if finished:  # killed behind its last save: what a run leaves is made now
+            look(state, start, None)
+            summary = {"held_out": held_out_now, **logged_summary(workdir, start), **about_data}
+            report.summary({"config": config.to_dict(), "environment": here, **summary}, whole=ABOUT_THIS_START)
+            return finish(report, workdir, leave(config, run, state, workdir))
+
+        def save(number, state):
+            extra = {"config": config.to_dict(), "environment": here, "data": seen, **base}
+            checkpoints.save(number, state, extra=extra)
+
         # ---- One step after the other.
         batches = data.iterate(start)
-        unreadable: Counter[str] = Counter()
+        substitutes = Substitutes(workdir, report.say)
         nonfinite = 0
         shown = ("loss", "denoising", "end_point_error", *(f"align/{a.name}" for a in run.task.alignments))
         pending = None  # the step before, whose metrics are read while this one is computed
@@ -193,9 +193,17 @@ def train(
         ):
             for number in range(start + 1, config.steps + 1):
                 profile.before(number, config.steps)
-                with watch.waiting():
-                    host = next(batches)
-                unreadable.update(data.names(host["index"][host["substituted"]]))
+                try:
+                    with watch.waiting():
+                        host = next(batches)
+                except (OSError, ValueError):
+                    # The state is whole. Of several processes the others are in a step that never ends: none can save.
+                    if number > start + 1 and jax.process_count() == 1:
+                        save(number - 1, state)
+                        checkpoints.wait()
+                        report.say(f"the data ended behind step {number - 1}; the same command goes on from there")
+                    raise
+                substitutes.note(data.names(host["index"][host["substituted"]]), len(host["index"]))
                 parts = task_parts(host).items()
                 batch = {k: jax.make_array_from_process_local_data(batch_sharding(mesh), x) for k, x in parts}
                 with watch.blocked():
@@ -218,19 +226,22 @@ def train(
                     dog.alive()
                     report.progress(at, **{k.split("/")[-1]: values[k] for k in shown if k in values})
                     if at % config.log_every == 0 or at == config.steps:
-                        values |= {"learning_rate": float(schedule(at - 1)), **watch.rates()}
+                        values |= {"learning_rate": float(schedule(at - 1)), "substituted": substitutes.share()}
+                        values |= watch.rates()
                         report.scalars(at, {f"train/{k}": v for k, v in values.items()})
                         slow_hosts(watch.interval())
                 recompilations.check(number)
-                if number % min(config.eval_every, config.sample_every) == 0 or number == config.steps:
+                # Saved before it is looked at: what ends the run there, memory or a signal, costs no step.
+                if number % config.checkpoint.every == 0 or last or asked == processes.SAVE:
+                    dog.rest()
+                    save(number, state)
+                    dog.alive()
+                if not stopped and (
+                    number % min(config.eval_every, config.sample_every) == 0 or number == config.steps
+                ):
                     dog.rest()
                     with watch.paused():
                         look(state, number, batch)
-                    dog.alive()
-                if number % config.checkpoint.every == 0 or last or asked == processes.SAVE:
-                    dog.rest()
-                    extra = {"config": config.to_dict(), "environment": here, "data": seen, **base}
-                    checkpoints.save(number, state, extra=extra)
                     dog.alive()
                 if last:
                     break
@@ -252,7 +263,7 @@ def train(
                 "last_checkpoint": good,
                 "failed_saves": checkpoints.failed_saves,
                 "nonfinite_steps": nonfinite,
-                "unreadable_clips": dict(unreadable),
+                "unreadable_clips": substitutes.of_all(),
                 **about_data,
             },
             whole=ABOUT_THIS_START,
@@ -305,43 +316,6 @@ def dry_run(config: ml_collections.ConfigDict) -> int:
     return 0
 
 
-def leave(config: ml_collections.ConfigDict, run: setup.Run, state, workdir: Path) -> list[Path]:
-    """What a finished run leaves beside its checkpoints for another to take: the motion head of a subspace."""
-    if not subspaces.is_subspace(config):
-        return []
-    model = fetch(state.ema)
-    return [subspaces.save_head(config, run, model, workdir / "motion_head")] if jax.process_index() == 0 else []
-
-
-def finish(report: Report, workdir: Path, left: Sequence[Path] = ()) -> int:
-    """Draw the curves, then name the files that a person will want to open, the pictures first, and what is `left`."""
-    if not report.active:
-        return 0
-    rows = tensorboard.read_scalars(workdir / "tensorboard")
-    found = dict.fromkeys(k for row in rows for k in row)
-    keys = ["train/denoising", "train/flow", *sorted(k for k in found if DRAWN.fullmatch(k))]
-    if rows:
-        with report.writing("figures"):
-            curves.loss_curves(rows, workdir / "figures" / "curves.png", keys=keys)
-    report.say("look at:")
-    pictures = ("figures/correspondence_*.png", "figures/flow_*.png", "figures/curves.png")
-    for pattern in (*pictures, "samples/*.mp4", "samples/*.png"):
-        if newest := sorted(workdir.glob(pattern))[-1:]:
-            report.say(f"  {newest[0]}")
-    for path in (*left, workdir / "summary.json"):
-        report.say(f"  {path}")
-    report.say(f"  tensorboard --logdir {workdir / 'tensorboard'}")
-    return 0
-
-
-def logged_summary(workdir: Path, step: int) -> dict:
-    """What the logs say of a run that ended at `step` without its summary: its last metrics and speeds."""
-    row = next((r for r in tensorboard.read_scalars(workdir / "tensorboard") if r["step"] == step), {})
-    train = {name.removeprefix("train/"): value for name, value in row.items() if name.startswith("train/")}
-    speeds = {name: train[name] for name in RATES if name in train}
-    return {"step": step, "last_checkpoint": step, "train": train, **speeds}
-
-
 def said_step(step: int | None) -> str:
     return "none" if step is None else f"step {step}"
 
@@ -391,8 +365,10 @@ def skip_or_stop(config, number: int, values: dict, clips: list[str], checkpoint
     if config.on_nonfinite == "skip":
         report.say(f"skipped a non-finite {where}")
         return
-    checkpoints.wait()  # the one that is being written counts
+    checkpoints.wait()  # the one that is being written counts; process 0 seals it last, and all wait for that
+    good = agree(-1 if checkpoints.last_good is None else checkpoints.last_good)
     raise FloatingPointError(
-        f"non-finite {where}; the last good checkpoint is {said_step(checkpoints.last_good)} in "
-        f"{checkpoints.directory}; lower optimizer.learning_rate, or write --config.on_nonfinite=skip"
+        f"non-finite {where}; the last good checkpoint is {said_step(None if good < 0 else good)} in "
+        f"{checkpoints.directory}; go on from there with --config.on_nonfinite=skip, or with a lower "
+        "optimizer.learning_rate in another --workdir with --config.init_from.path=CHECKPOINT"
     )

@@ -17,7 +17,7 @@ from jaxalign.data.pipeline import Batches
 from jaxalign.figures.video import write_mp4
 from jaxalign.interop import sealed
 from jaxalign.training import config as config_lib
-from jaxalign.training import loop
+from jaxalign.training import loop, tensorboard
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.report import Report
 from jaxalign.training.restore import find_checkpoint, load_params, read_metadata
@@ -99,7 +99,12 @@ def test_a_run_killed_behind_its_last_save_gets_its_summary(undisturbed, tmp_pat
     shutil.copytree(undisturbed, workdir)
     whole = json.loads((workdir / "summary.json").read_text())
     (workdir / "summary.json").write_text(json.dumps({"step": 2, "skipped_files": {"mended.mp4": "torn"}}))
+    late = ("samples/step_000004.mp4", "samples/step_000004.png", "figures/correspondence_000004.png")
+    for name in late:
+        (workdir / name).unlink()
     assert loop.train(small(**ALIGNED), workdir) == 0
+    for name in late:
+        assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes(), name
     late = json.loads((workdir / "summary.json").read_text())
     assert all(late[name] == whole[name] for name in ("step", "last_checkpoint", "config", "environment"))
     assert all(late[name] == pytest.approx(whole[name]) for name in ("held_out", "train", "flops_per_step"))
@@ -117,7 +122,7 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(undisturbed, tmp_path
     assert_same_end(undisturbed, workdir)
 
 
-def test_sigterm_saves_and_says_so(tmp_path, monkeypatch, capsys):
+def test_sigterm_and_data_that_end_save_and_say_so(tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "stopped"
     names = Batches.names
 
@@ -129,8 +134,37 @@ def test_sigterm_saves_and_says_so(tmp_path, monkeypatch, capsys):
     assert loop.train(small(), workdir) == 143
     assert "stopped by SIGTERM at step 1, saved" in capsys.readouterr().out
     monkeypatch.undo()
+    iterate = Batches.iterate
+
+    def two_batches(self, step):
+        stream = iterate(self, step)
+        for batch in (next(stream), next(stream)):
+            yield batch | {"substituted": np.array([True, False])}
+        stream.close()
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(Batches, "iterate", two_batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        loop.train(small(), workdir)
+    said = capsys.readouterr().out
+    assert "resumed at step 1" in said
+    assert "the data ended behind step 3; the same command goes on from there" in said
+    assert "cannot be read; another clip stands in" in said and "50.0% of the clips so far" in said
+    assert len((workdir / "unreadable_0.txt").read_text().splitlines()) == 2
+    rows = tensorboard.read_scalars(workdir / "tensorboard")
+    assert [row["train/substituted"] for row in rows if "train/substituted" in row] == [0.0, 0.5]
+    monkeypatch.undo()
+
+    def too_large(*args, **kwargs):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        patch.setattr(loop.evaluation, "held_out_losses", too_large)
+        loop.train(small(), workdir)
+    assert "resumed at step 3" in capsys.readouterr().out
     assert loop.train(small(), workdir) == 0
-    assert "resumed at step 1" in capsys.readouterr().out
+    assert "is finished: step 4 of 4" in capsys.readouterr().out, "it was saved before it was looked at"
+    assert (workdir / "samples" / "step_000004.png").is_file()
     whole = tmp_path / "whole"
     assert loop.train(small(), whole) == 0
     assert_same_end(whole, workdir)
