@@ -107,7 +107,8 @@ def captioned(source: Source, spec: str, path: str, video_column: str = "video",
     if without:
         raise ValueError(
             f"data.source={source.name!r}: {len(without)} of its {len(used)} videos have no caption, but the student "
-            f"is told by text; write --config.data.captions=FILE.csv (columns video, caption), or put {FILE} there"
+            f"is told by text; put {FILE} (columns {video_column}, {caption_column}) there, or train with "
+            "--config.data.captions=FILE.csv"
         )
     return source
 

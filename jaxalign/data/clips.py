@@ -91,7 +91,7 @@ class Source:
     """
 
     name: str
-    items: tuple[Item, ...]
+    items: Sequence  # of Item; in decode workers the columns of them that reading needs (columns.py)
     classes: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     read: Callable | None = None

@@ -1,12 +1,16 @@
 """Opening video files with PyAV: what can be wrong with one, said in words, and files that stay open between clips."""
 
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import av
 from av.stream import Disposition
+
+from jaxalign.data.faults import disk_fault, not_the_files
 
 KEPT_OPEN = 4  # files of a thread; a decoder of 1080p holds some 20 MB
 
@@ -23,7 +27,10 @@ class UnreadableVideo(ValueError):
 
 
 def open_video(path: str) -> tuple:
-    """(container, video stream); every way in which a file can fail to be a video becomes UnreadableVideo."""
+    """(container, video stream); every way in which a file can fail to be a video becomes UnreadableVideo.
+
+    So does every way in which it cannot be opened now: `faults.not_the_files` tells which it was.
+    """
     try:
         if not os.path.getsize(path):
             raise UnreadableVideo(path, "the file is empty")
@@ -54,7 +61,8 @@ def damage_named(path: str) -> Iterator[None]:
     try:
         yield
     except (av.error.FFmpegError, OSError, MemoryError) as error:  # nonsense in a header, a disk that fails
-        raise UnreadableVideo(path, f"damaged ({_words(error)})") from error
+        words = _words(error)
+        raise UnreadableVideo(path, words if not_the_files(error) else f"damaged ({words})") from error
 
 
 class Kept(threading.local):
@@ -81,6 +89,37 @@ class Kept(threading.local):
         if len(self.files) > KEPT_OPEN:
             self.files.pop(next(iter(self.files)))[0].close()
 
+    def close(self) -> None:
+        """Close those of this thread."""
+        while self.files:
+            self.files.popitem()[1][0].close()
+
+
+def tried(read: Callable[[], Any]) -> Any:
+    """What read() gives, or the UnreadableVideo of a file that is broken for good, for who never reads it again.
+
+    A disk that fails amid a file looks to FFmpeg as if the file were damaged or ended there. So its plain bytes have to
+    be there, and it has to fail once more. Raises what is the machine's or the disk's fault.
+    """
+    try:
+        return read()
+    except UnreadableVideo as error:
+        if not_the_files(error):
+            raise
+        _read_through(error.path, stamp_of(error.path))
+    try:
+        return read()
+    except UnreadableVideo as error:
+        if not_the_files(error):
+            raise
+        return error
+
+
+@functools.lru_cache(maxsize=1 << 16)  # a film has many windows
+def _read_through(path: str, stamp: tuple | None) -> None:
+    if fault := disk_fault(path):
+        raise fault
+
 
 def stamp_of(path: str) -> tuple | None:
     """What tells one version of a file from another; None if it is gone."""
@@ -94,7 +133,7 @@ def stamp_of(path: str) -> tuple | None:
 def _why_not_opened(path: str, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "the file is gone"
-    if isinstance(error, av.error.FFmpegError):
+    if isinstance(error, av.error.FFmpegError) and not not_the_files(error):
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(12)[4:8] == b"ftyp":  # an MP4 keeps its index in `moov`, often at the very end
                 return "cut short or damaged (an MP4 without its index)"

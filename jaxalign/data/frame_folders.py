@@ -20,6 +20,7 @@ from PIL import Image
 
 from jaxalign.data import splits
 from jaxalign.data.clips import Item, Source
+from jaxalign.data.columns import Texts
 from jaxalign.data.video import THUMB, UnreadableVideo, resize
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
@@ -138,7 +139,11 @@ def frames_of(folder: str) -> Frames:
 class FrameReader:
     """How a source of frame folders is read: `Source.read`. Frames between those of the clip become thumbnails only."""
 
-    folders: tuple[str, ...]
+    folders: Sequence[str]
+
+    def packed(self, cover: tuple[int, int]) -> "FrameReader":
+        """The same with its folders as columns, for decode workers."""
+        return dataclasses.replace(self, folders=Texts.of(self.folders))
 
     def __call__(self, item: int, start: int, stop: int, step: int, cover: tuple[int, int]):
         folder = self.folders[item]

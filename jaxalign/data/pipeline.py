@@ -22,7 +22,10 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
+from jaxalign.data import columns
 from jaxalign.data.clips import Clip, Source, Window, load, part, windows
+from jaxalign.data.faults import not_the_files
+from jaxalign.data.patience import WAITS, patiently
 from jaxalign.data.video import UnreadableVideo
 
 AHEAD = 2  # batches decoded ahead (of each worker): enough to hide a slow clip, little memory
@@ -162,8 +165,8 @@ def batches(
     dataset = grain.MapDataset.range(len(found)).repeat()
     dataset = dataset.map_with_index(functools.partial(_shuffled, seed, len(found)))
     dataset = dataset.batch(batch_size, drop_remainder=True)
-    untold = dataclasses.replace(source, captions=(), tokens=None, embedded=None)
-    dataset = dataset.map(functools.partial(_decode, untold, found, clip, seed, rows))
+    read = (columns.to_send(source, clip), columns.Windows.of(found)) if workers else (source, found)
+    dataset = dataset.map(functools.partial(_decode, *read, clip, seed, rows))
     return Batches(source, found, dataset, workers)
 
 
@@ -243,14 +246,23 @@ def why_none(source: Source, split: str, clip: Clip) -> str:
 
 
 def _row(source, found, clip: Clip, seed: int, place: int, number: int, position: float | None = None) -> dict:
-    """The clip at one place of the global order, or one out of the next file that can be read."""
+    """The clip at one place of the global order, or one out of the next file that can be read.
+
+    A disk that is away is waited for. Raises ValueError where file after file cannot be read, OSError where that is
+    the disk's or the machine's fault.
+    """
     failed: dict[int, UnreadableVideo] = {}
     for other in range(len(found)):
         window = found[(number + other) % len(found)]
         if window.item in failed:
             continue
+
+        def read(window=window):
+            return load(source, window, clip, np.random.default_rng((seed, 1, place)), position)
+
         try:
-            row = load(source, window, clip, np.random.default_rng((seed, 1, place)), position)
+            # Only the first is waited for: if the next can be read, it was that one file.
+            row = patiently(read, () if failed else WAITS)
         except UnreadableVideo as error:
             failed[window.item] = error
             if len(failed) >= GIVE_UP_AFTER:
@@ -259,7 +271,10 @@ def _row(source, found, clip: Clip, seed: int, place: int, number: int, position
         del row["name"]
         return {**row, "index": number, "substituted": bool(failed), "item": window.item}
     first = next(iter(failed.values()))
-    raise ValueError(f"data.source={source.name!r}: {len(failed)} videos in a row cannot be read; the first is {first}")
+    told = f"data.source={source.name!r}: {len(failed)} videos in a row cannot be read"
+    if not_the_files(first):
+        raise OSError(f"{told}, the first not within {sum(WAITS)} s; the disk or this machine fails: {first}")
+    raise ValueError(f"{told}; the first is {first}")
 
 
 _DTYPES = {"label": np.int32, "index": np.int64, "substituted": np.bool_, "item": np.int64}

@@ -5,17 +5,17 @@ import dataclasses
 import functools
 import itertools
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes 'bfloat16' a dtype's name)
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from jaxalign.data.clips import SPLITS, Item, Source
 from jaxalign.data.precomputed import AGAIN, Clips, Folder, Series, is_whole, listing, open_folder
-
-OPEN_FILES = 256  # shards that a process keeps open; a folder may have thousands
+from jaxalign.data.readers import record
+from jaxalign.data.video import UnreadableVideo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +27,7 @@ class _Column:
     dtype: str
     shape: tuple[int, ...]
     first: np.ndarray  # the number of a clip's first record
+    padded: bool = False  # a record may have fewer rows, and zeros stand for the rest: prompts do
 
 
 def _column(folder: Folder, series: Series, split: str, listed: list[dict]) -> _Column:
@@ -44,28 +45,36 @@ def _column(folder: Folder, series: Series, split: str, listed: list[dict]) -> _
         series.dtype,
         series.shape,
         np.cumsum([0, *versions[:-1]]),
+        padded=split == "captions",
     )
 
 
-@functools.lru_cache(maxsize=OPEN_FILES)  # readers are thread-safe, and every process makes its own
-def _reader(path: str, records: int) -> ArrayRecordDataSource:
-    return ArrayRecordDataSource([f"{path}[0:{records}]"])  # told its length, it need not look
-
-
 def _array(column: _Column, number: int) -> np.ndarray:
-    """Record `number` of a series. Raises ValueError, one line, for a damaged shard."""
+    """Record `number` of a series. Raises UnreadableVideo, one line."""
     shard = bisect.bisect_right(column.starts, number) - 1
     path, records = column.files[shard]
+    number -= column.starts[shard]
     try:
-        array = np.frombuffer(_reader(path, records)[number - column.starts[shard]], column.dtype)
-        array = array.reshape(-1, *column.shape[1:])
-        if len(array) < column.shape[0]:
+        data = record((f"{path}[0:{records}]",), number)  # told its length, the library need not look
+        array = np.frombuffer(data, column.dtype).reshape(-1, *column.shape[1:])
+        if len(array) < column.shape[0] and column.padded:
             filler = np.zeros((column.shape[0] - len(array), *column.shape[1:]), array.dtype)
             array = np.concatenate([array, filler])
         return array.reshape(column.shape)
     except (RuntimeError, ValueError, OSError, IndexError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{path}: damaged ({reason} …); remove this file and {AGAIN}: it is made anew") from None
+        # A good shard that cannot be read just now is no reason to make it anew for hours.
+        broken = isinstance(error, ValueError) or "orrupt" in reason or not is_whole(Path(path))
+        if isinstance(error, OSError) or not broken:
+            raise UnreadableVideo(path, f"record {number} cannot be read ({reason} …)") from error
+        why = f"damaged ({reason} …); remove this file and {AGAIN}: it is made anew"
+        _say(f"{path}: {why}")  # another clip stands in, so nobody would be told
+        raise UnreadableVideo(path, why) from error
+
+
+@functools.lru_cache(maxsize=256)  # once each
+def _say(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def source(path: str) -> Source:
@@ -163,7 +172,7 @@ def _asked(folder: Folder, prompts: Series) -> tuple[_Column, dict[str, int]]:
         raise ValueError(f"{path}: not there or damaged; {AGAIN}: it is made anew")
     about = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
     column = _Column(
-        ((str(path), about["records"]),), (0, about["records"]), prompts.dtype, prompts.shape, np.arange(0)
+        ((str(path), about["records"]),), (0, about["records"]), prompts.dtype, prompts.shape, np.arange(0), padded=True
     )
     return column, {prompt: k for k, prompt in enumerate(about["prompts"])}
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.clips import SPLITS, Clip, Source, Window, load, part
+from jaxalign.data.patience import WAITS, patiently
 from jaxalign.data.pipeline import GIVE_UP_AFTER, why_none
 from jaxalign.data.video import UnreadableVideo
 
@@ -70,8 +71,12 @@ def read(source: Source, drawn: Sequence[Window], k: int, clip: Clip) -> dict[st
     for window in at:
         if window.item in failed:
             continue
+
+        def clip_of(window=window):
+            return load(source, window, clip, np.random.default_rng((0, 3)))
+
         try:
-            row = load(source, window, clip, np.random.default_rng((0, 3)))
+            row = patiently(clip_of, () if failed else WAITS)  # as in training
         except UnreadableVideo as error:
             failed[window.item] = error
             if len(failed) >= GIVE_UP_AFTER:

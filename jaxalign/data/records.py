@@ -19,11 +19,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from jaxalign.data.clips import Item, Source, split_by_name, thumbnails
+from jaxalign.data.readers import reader, record
 from jaxalign.data.video import UnreadableVideo, resize
 
 RECORD_FPS = 25.0  # records carry no rate; it only says how long ten seconds are
@@ -80,7 +80,7 @@ def array_record(path: str, *, split: int = 1) -> Source:
         raise ValueError(f"data.split={split}: data.source={path!r} has no numbered lists of videos; leave it at 1")
     found, captions, classes = [], [], ()
     for shard in paths:
-        count, sidecar = len(_reader((shard,))), Path(f"{shard}.json")
+        count, sidecar = _count(shard), Path(f"{shard}.json")
         listed = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
         if len(listed.get("records", ())) != count:  # none, or another shard's
             listed["records"] = [_describe(shard, k) for k in range(count)]
@@ -116,20 +116,21 @@ def _split_of(shard: str) -> str | None:
     return "train" if says(_TRAIN) else "held_out" if says(_HELD_OUT) else None
 
 
-@functools.lru_cache(maxsize=64)  # readers keep files open, are thread-safe, and every process makes its own
-def _reader(paths: tuple[str, ...]) -> ArrayRecordDataSource:
+def _count(shard: str) -> int:
+    """Records in a shard. Raises ValueError, one line."""
     try:
-        return ArrayRecordDataSource(list(paths))
+        return len(reader((shard,)))
     except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"{', '.join(paths[:2])}: no ArrayRecord file, or damaged ({error})") from error
+        raise ValueError(f"{shard}: no ArrayRecord file, or damaged ({error})") from error
 
 
 @functools.lru_cache(maxsize=4)  # a clip that moves off a cut reads its record again
 def _record(paths: tuple[str, ...], number: int) -> dict:
     """One record of our format as {'video', 'label', 'name', 'caption'}. Raises UnreadableVideo."""
     name = f"{paths[0] if len(paths) == 1 else Path(paths[0]).parent}: record {number}"
+    data = _bytes(paths, number, name)
     try:
-        with np.load(io.BytesIO(_reader(paths)[number]), allow_pickle=False) as stored:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
             video = stored["video"]
             label = int(stored["label"]) if "label" in stored else 0
             title, caption = (str(stored[key]) if key in stored else "" for key in ("name", "caption"))
@@ -138,6 +139,13 @@ def _record(paths: tuple[str, ...], number: int) -> dict:
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or not len(video):
         raise UnreadableVideo(name, f"its video is {video.dtype}{list(video.shape)}, not uint8 [t,h,w,3]")
     return {"video": video, "label": label, "name": title, "caption": caption}
+
+
+def _bytes(paths: tuple[str, ...], number: int, name: str) -> bytes:
+    try:
+        return record(paths, number)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UnreadableVideo(name, f"cannot be read ({error})") from error
 
 
 def _read_record(paths: tuple[str, ...], item: int, start: int, stop: int, step: int, cover: tuple[int, int]):
@@ -183,7 +191,7 @@ def tfds(path: str, *, split: int = 1) -> Source:
     listed, splits = [], []
     for shard in paths:
         title = Path(shard).name.split(".array_record")[0]
-        listed += [f"{title}:{Path(shard).name.rpartition('.')[2]}:{k}" for k in range(len(_reader((shard,))))]
+        listed += [f"{title}:{Path(shard).name.rpartition('.')[2]}:{k}" for k in range(_count(shard))]
         splits += [_split_of(shard) or "train"] * (len(listed) - len(splits))
     if "held_out" not in splits:
         splits = split_by_name(listed)
@@ -232,8 +240,9 @@ def _example(paths: tuple[str, ...], number: int) -> tuple[list[bytes], int]:
     """(encoded frames, label) of one tf.train.Example. Raises UnreadableVideo."""
     from tensorflow_datasets.proto import tf_example_pb2  # half a second that only this source should pay
 
+    data = _bytes(paths, number, f"record {number}")
     try:
-        fields = tf_example_pb2.Example.FromString(_reader(paths)[number]).features.feature
+        fields = tf_example_pb2.Example.FromString(data).features.feature
     except Exception as error:  # protobuf's DecodeError has no stable home; a bad record must not end a run
         raise UnreadableVideo(f"record {number}", f"no tf.train.Example ({error})") from error
     label = fields["label"].int64_list.value if "label" in fields else ()

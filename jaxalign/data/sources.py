@@ -15,6 +15,8 @@ from pathlib import Path
 
 from jaxalign.data import frame_folders, precomputed, precomputed_source, records, splits, synthetic
 from jaxalign.data.clips import Item, Source
+from jaxalign.data.columns import Texts
+from jaxalign.data.faults import not_the_files
 from jaxalign.data.index import probe_all
 from jaxalign.data.video import UnreadableVideo, VideoInfo, cover_size, index_frames, known_thumbnails, read_span
 
@@ -141,17 +143,19 @@ class FileCache:
     It changes how long a read takes and nothing else: what it gives is what the file gives.
     """
 
-    def __init__(self, megabytes: int = CACHE_MEGABYTES):
+    def __init__(self, megabytes: int = CACHE_MEGABYTES, small: dict | None = None):
         self.megabytes = megabytes
         self.lock = threading.Lock()  # training's prefetch thread and an evaluation may read at once
         self.files: dict = {}
-        self.small: dict = {}
+        self.small: dict = dict(small or {})  # frame size -> whether all frames fit
 
     def __reduce__(self):
-        return FileCache, (self.megabytes,)
+        return FileCache, (self.megabytes, self.small)
 
-    def fits(self, infos: Sequence[VideoInfo], cover: tuple[int, int]) -> bool:
-        """Whether all frames of a source fit at this size."""
+    def fits(self, infos: Sequence[VideoInfo] | None, cover: tuple[int, int]) -> bool:
+        """Whether all frames of a source fit at this size; without `infos`, whether they are known to."""
+        if infos is None:
+            return self.small.get(cover, False)
         if cover not in self.small:
             pixels = sum(i.frames * math.prod(cover_size(i.height, i.width, cover)) for i in infos)
             self.small[cover] = 3 * pixels <= self.megabytes * 2**20
@@ -166,7 +170,9 @@ class FileCache:
                 try:
                     count = len(index_frames(path))
                     self.files[path, cover] = read_span(path, 0, count, 1, cover)
-                except UnreadableVideo:
+                except UnreadableVideo as error:
+                    if not_the_files(error):
+                        raise  # it may be read later
                     self.files[path, cover] = None
             return self.files[path, cover]
 
@@ -175,8 +181,8 @@ class FileCache:
 class FileReader:
     """How a source of video files is read: `Source.read`."""
 
-    paths: tuple[str, ...]
-    infos: tuple[VideoInfo, ...]
+    paths: Sequence[str]
+    infos: tuple[VideoInfo, ...] | None
     cache: FileCache = dataclasses.field(default_factory=FileCache, compare=False)
 
     def __call__(self, item: int, start: int, stop: int, step: int, cover: tuple[int, int]):
@@ -187,6 +193,11 @@ class FileReader:
         if stop > len(video):
             raise UnreadableVideo(self.paths[item], f"has {len(video)} frames, not {start} to {stop - 1}")
         return video[start:stop:step], thumbs[start:stop]
+
+    def packed(self, cover: tuple[int, int]) -> "FileReader":
+        """The same for frames of this size, without what only says whether they fit into memory."""
+        self.cache.fits(self.infos, cover)
+        return dataclasses.replace(self, paths=Texts.of(self.paths), infos=None)
 
     def seen(self, item: int, start: int, stop: int):
         return known_thumbnails(self.paths[item], start, stop)

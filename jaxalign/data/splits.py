@@ -45,7 +45,8 @@ def layout(root: Path, names: Sequence[str], *, split: int = 1, unreadable: Sequ
     found = _in_folders(names) or _official(root, names, unreadable, split) or _by_chance(names)
     folders = {k: name.split("/")[:-1] for k, name in enumerate(found.inner) if found.splits[k] != "unused"}
     classes = tuple(sorted({parts[0] for parts in folders.values()})) if all(folders.values()) else ()
-    labels = [classes.index(folders[k][0]) if classes and k in folders else 0 for k in range(len(names))]
+    number = {name: k for k, name in enumerate(classes)}
+    labels = [number[folders[k][0]] if classes and k in folders else 0 for k in range(len(names))]
     return Layout(found.splits, labels, classes, found.notes, found.missing)
 
 

@@ -9,6 +9,7 @@ instead.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import Bool, Int64, UInt8
 
 from jaxalign.data.containers import Kept, UnreadableVideo, damage_named, open_video, opened, stamp_of
+from jaxalign.data.faults import disk_fault
 
 THUMB = 32  # side of the grey thumbnails that cuts are looked for in
 # ACCURATE_RND and BITEXACT cost nothing measurable and make the pixels the same on every kind of CPU.
@@ -27,6 +29,7 @@ _AREA = int(Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.BITE
 
 
 _kept = Kept()
+close_kept = _kept.close  # in this thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,19 +98,42 @@ def _whole_packets(container, stream) -> Iterator[av.Packet]:
 
 
 def _demux(container, stream) -> Iterator[av.Packet]:
-    """All packets and the empty one that flushes the decoder; damage ends them as the end of a file does."""
-    with contextlib.suppress(Exception):  # PyAV answers damage with IndexError, MemoryError and more
+    """All packets and the empty one that flushes the decoder; damage ends them as the end of a file does.
+
+    Raises OSError where it was the disk's or the machine's fault.
+    """
+    try:
         yield from container.demux(stream)
+    except Exception as error:  # PyAV answers damage with IndexError, MemoryError and more
+        if isinstance(error, OSError) and (fault := disk_fault(container.name)):
+            raise fault from error
 
 
 def index_frames(path: str) -> FrameIndex:
-    """The exact index of a file as it is now, from its packets, without decoding. Raises UnreadableVideo."""
-    return _index(path, stamp_of(path))
+    """The exact index of a file as it is now, without decoding; a file that has none of its own is read whole.
+
+    Raises UnreadableVideo.
+    """
+    with _looking_up:
+        lock = _reading(path)
+    with lock:
+        return _index(path, stamp_of(path))
+
+
+_looking_up = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1024)
+def _reading(path: str) -> threading.Lock:
+    """Held while a file's index is read, which may be the whole file: other threads wait for that one reading."""
+    return threading.Lock()
 
 
 @functools.lru_cache(maxsize=1024)  # an index is a few kilobytes, and every clip of the file needs it
 def _index(path: str, stamp: tuple | None) -> FrameIndex:
     with opened(path) as (container, stream):
+        if listed := _listed(path, container, stream):
+            return listed
         name, codec = container.format.name, stream.codec_context.name
         packets = [(packet.pts, packet.dts, packet.is_keyframe) for packet in _packets(container, stream)]
     if not packets:
@@ -127,6 +153,29 @@ def _index(path: str, stamp: tuple | None) -> FrameIndex:
         np.array([dts if by_dts and dts is not None else pts for pts, dts, _ in packets], np.int64),
         np.array([key for _, _, key in packets], np.bool_),
     )
+
+
+def _listed(path: str, container, stream) -> FrameIndex | None:
+    """The index that an MP4 carries of itself, where that is exact; None where the packets have to be asked.
+
+    It has decoding times. They are presentation times too where nothing is reordered (AV1 and VP9 never are, and of
+    H.264 libavformat compares all of a file's offsets), no edit list cuts and no fragments follow. Other codecs tell
+    whether they reorder in headers that may change midway.
+    """
+    entries, codec = list(stream.index_entries), stream.codec_context.codec.canonical_name
+    straight = codec in ("av1", "vp9") or (codec == "h264" and not stream.codec_context.has_b_frames)
+    if not (container.format.name.startswith("mov") and straight and entries and len(entries) == stream.frames):
+        return None
+    times, size = [entry.timestamp for entry in entries], os.path.getsize(path)
+    if any(entry.is_discard or not entry.size or entry.pos + entry.size > size for entry in entries):
+        return None
+    if any(later <= earlier for earlier, later in itertools.pairwise(times)):
+        return None
+    for entry, packet in zip(entries[:8], _demux(container, stream), strict=False):
+        if not packet.pts == packet.dts == entry.timestamp or packet.is_keyframe != entry.is_keyframe:
+            return None
+    pts = np.array(times, np.int64)
+    return FrameIndex(pts, pts, np.array([entry.is_keyframe for entry in entries], np.bool_))
 
 
 def read_frames(
@@ -227,7 +276,8 @@ def _decode(path: str, index: FrameIndex, wanted: set[int], take: Callable) -> d
     found = _sweep_in_order(path, wanted, take)
     if len(found) < len(wanted):
         missing = min(wanted - found.keys())
-        raise UnreadableVideo(path, f"frame {missing} of {len(index)} cannot be decoded")
+        # Some formats take a disk that fails for the end of the file.
+        raise UnreadableVideo(path, f"frame {missing} of {len(index)} cannot be decoded") from disk_fault(path)
     return found
 
 

@@ -78,7 +78,10 @@ def test_files_that_are_no_captions(tmp_path, rows, header, said):
 def test_no_captions_at_all(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         captions.read_csv(tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match=r"2 of its 2 videos have no caption, but the student is told by text; write"):
+    with pytest.raises(
+        ValueError,
+        match=r"2 of its 2 videos have no caption, but the student is told by text; put captions.csv \(columns",
+    ):
         captions.captioned(_source(9, 9), str(tmp_path), "")
     with pytest.raises(ValueError, match="no row names a video"):
         captions.attach(

@@ -1,5 +1,7 @@
 """Lists and folders that say what is for training, and what is said of lists that are about something else."""
 
+import sys
+
 import pytest
 
 from jaxalign.data.clips import split_by_name
@@ -131,3 +133,14 @@ def test_all_missing_videos_are_known_though_few_are_shown(lists):
     videos = [f"C0/v_{k}.avi" for k in range(200)]
     found = layout(lists([*videos[:150], *gone], videos[150:]), videos)
     assert found.missing == tuple(gone) and "C0/gone_2, … (2 more)" in found.notes[1]
+
+
+def test_many_classes_are_not_searched_one_by_one(tmp_path):
+    called = set()
+    names = [f"c{k:03}/v.avi" for k in range(300)]
+    sys.setprofile(lambda frame, event, of: called.add(of.__name__) if event == "c_call" else None)
+    try:
+        found = layout(tmp_path, names)
+    finally:
+        sys.setprofile(None)
+    assert found.labels == list(range(300)) and "index" not in called

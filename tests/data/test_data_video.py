@@ -1,6 +1,8 @@
 """Frames are the right frames, whatever the container does with time; bad files fail with a reason."""
 
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -13,7 +15,14 @@ from jaxalign.data.video import UnreadableVideo, cover_size, index_frames, probe
 UNEVEN = np.cumsum(np.random.default_rng(0).integers(10, 90, 60)).tolist()
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0:b-adapt=0:log-level=none"}
 B_FRAMES = {"x264-params": "bframes=2:b-adapt=0:scenecut=0:log-level=none"}
+STRAIGHT = {"options": {"x264-params": "bframes=0:scenecut=0:log-level=none"}, "b_frames": 0}
 KINDS = {
+    "straight.mp4": STRAIGHT,
+    "straight.mov": STRAIGHT,
+    "straight-uneven.mp4": STRAIGHT | {"stamps": UNEVEN},
+    "straight-fragmented.mp4": STRAIGHT | {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    "straight-edited.mp4": STRAIGHT | {"frames": 80, "lose": 20},
+    "vp9.mp4": {"codec": "libvpx-vp9", "b_frames": 0, "options": {"deadline": "realtime", "cpu-used": "8"}},
     "b-frames.mp4": {"options": B_FRAMES},
     "open-gop.mp4": {"options": OPEN_GOP},
     "hevc.mp4": {"codec": "libx265", "options": {"x265-params": "log-level=none"}},
@@ -51,6 +60,49 @@ def test_frames_are_those_of_a_full_decode(kind, tmp_path, numbered):
         np.testing.assert_array_equal(frames, np.stack([whole[number] for number in numbers]))
     np.testing.assert_array_equal(read_frames(path, [40, 7]), np.stack([whole[40], whole[7]]))
     assert [number_of(read_frames(path, [number])[0]) for number in range(1, 60, 2)] == list(range(1, 60, 2))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.endswith(("mp4", "mov"))])
+def test_a_files_own_index_is_taken_where_it_is_exact_only(kind, tmp_path, numbered, monkeypatch):
+    path, packets, demux = str(numbered(tmp_path / kind, **KINDS[kind])), [], video._demux
+    monkeypatch.setattr(video, "_demux", lambda *of: (packets.append(packet) or packet for packet in demux(*of)))
+    taken = video._index.__wrapped__(path, None)
+    exact = kind in ("straight.mp4", "straight.mov", "straight-uneven.mp4", "vp9.mp4")
+    assert (len(packets) <= 8) == exact  # not the whole file
+    monkeypatch.setattr(video, "_listed", lambda *of: None)
+    asked = video._index.__wrapped__(path, None)
+    for name in ("pts", "seek", "key"):
+        np.testing.assert_array_equal(getattr(taken, name), getattr(asked, name))
+    assert taken.by_order == asked.by_order
+
+
+def test_an_index_that_its_packets_belie_is_not_taken(tmp_path, numbered, monkeypatch):
+    path = str(numbered(tmp_path / "b-frames.mp4", options=B_FRAMES))
+
+    class Lying:
+        has_b_frames = False
+        codec = type("Codec", (), {"canonical_name": "h264"})
+
+    with video.opened(path) as (container, stream):
+        fake = type("Stream", (), {"index_entries": stream.index_entries, "frames": stream.frames})
+        fake.codec_context = Lying
+        monkeypatch.setattr(video, "_demux", lambda *_: container.demux(stream))
+        assert video._listed(path, container, fake) is None
+
+
+def test_threads_wait_for_one_reading_of_a_file(tmp_path, numbered, monkeypatch):
+    path = str(numbered(tmp_path / "a.mp4"))
+    readings, genuine = [], video._packets
+
+    def slowly(*of):
+        readings.append(path)
+        time.sleep(0.1)
+        return genuine(*of)
+
+    monkeypatch.setattr(video, "_packets", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        assert {len(index) for index in pool.map(index_frames, [path] * 4)} == {60}
+    assert len(readings) == 1
 
 
 @pytest.mark.parametrize("item", range(3))
