@@ -14,18 +14,19 @@ The folder holds one clip a window (its centre; --variants takes more, evenly sp
 image. The same command goes on where it was stopped; another --what adds to the folder. Several processes or machines
 deal out the shards by number: --num_processes=N --process_id=K on each, or --shard_range=A:B; Slurm, Open MPI and TPU
 slices on GKE are detected, TPU VMs elsewhere with --detect_cluster. Videos that cannot be read are skipped, counted and
-named; where 16 in a row cannot, nor the last one that could, the disk is gone: the command stops and keeps nothing of
-them.
+named. Where the machine or the disk is to blame (too many open files, no memory, a disk that fails), or 16 in a row
+cannot be read, nor the last one that could, the command stops and keeps nothing of them.
 """
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,19 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxalign.convert import Progress
-from jaxalign.data import pipeline, precomputed, precomputed_source
+from jaxalign.data import faults, pipeline, precomputed, video
 from jaxalign.data.clips import SPLITS, Clip, Source, Window, load
+from jaxalign.data.containers import UnreadableVideo, tried
 from jaxalign.data.precomputed import Clips, Folder, Series
-from jaxalign.data.video import UnreadableVideo
 from jaxalign.training import config as config_lib
-from jaxalign.training import contents, processes, prompts, setup
+from jaxalign.training import contents, embedded, processes, prompts, setup
 from jaxalign.training.data_settings import clip_settings
-from jaxalign.training.makers import DTYPES, WHAT, Options, about, claim, makers, networks, stored
+from jaxalign.training.makers import DTYPES, WHAT, Options, about, announce, claim, makers, networks, stored
 from jaxalign.training.mesh import batch_sharding, make_mesh
 
-PROMPTS_AT_ONCE = 8  # times the clips: a prompt is much smaller
+MOST_THREADS = 32  # where nobody says how many: each holds files and a clip, and a disk feeds few more
+WAITING_BYTES = 4 << 30  # of clips that are being decoded, or are and wait
+LOOK_EVERY = 2.0  # seconds, for what other processes make
 
 
 def _say(line: str) -> None:
@@ -87,14 +90,18 @@ def precompute(
             about={"source": str(config.data.source), **about()},
         ),
     )
-    listed = _captions(source, found)
-    if text:
-        _make_prompts(folder, run, source, listed, config, options, mesh, say)
+    listed = embedded.captions(source, found)
     made = makers(config, run, options, folder)
-    series = claim(folder, made, options, say)
+    series = claim(folder, made, options)
+    if text:
+        series[embedded.NAME] = embedded.claim(folder, run, listed, config, options)
+    whole = {path for path in _files(folder, series) if precomputed.is_whole(path)}
+    announce(folder, series, whole, options, say)
+    if text:
+        embedded.make(folder, series[embedded.NAME], run, source, listed, whole, config, options, mesh)
     decode = functools.partial(_decode, source, clip, found, options)
-    _make_shards(folder, made, series, decode, listed, options, mesh, say)
-    return _report(folder.path, options, say)
+    _make_shards(folder, made, series, whole, decode, listed, options, mesh, say)
+    return _report(folder, series, options, say)
 
 
 def _windows(config, source: Source, options: Options) -> tuple[Clip, dict[str, tuple[Window, ...]]]:
@@ -113,18 +120,41 @@ def _windows(config, source: Source, options: Options) -> tuple[Clip, dict[str, 
 
 
 def _decode(source, clip: Clip, found, options: Options, flips: int, split: str, unit: int):
-    """(item, label, the clip's versions uint8 [v,t,h,w,3]), or the UnreadableVideo that says why not."""
-    if split == "held_out":
-        row = pipeline.held_out_clip(source, found[split], clip, unit, options.held_out)
-        return row["item"], int(row["label"]), row["video"][None]
-    window, versions = found[split][unit], []
+    """(item, label, the clip's versions uint8 [v,t,h,w,3]), or (item, the UnreadableVideo that says why not).
+
+    Raises OSError, one line, where that is not the video's fault.
+    """
+    try:
+        if split == "held_out":
+            row = pipeline.held_out_clip(source, found[split], clip, unit, options.held_out)
+            if row["substituted"]:
+                window = found[split][row["index"]]
+                told = tried(lambda: load(source, window, clip, np.random.default_rng(0), 0.5))
+                if not isinstance(told, UnreadableVideo):  # it was a hiccup
+                    row = pipeline.held_out_clip(source, found[split], clip, unit, options.held_out)
+            return row["item"], int(row["label"]), row["video"][None]
+        window = found[split][unit]
+        told = tried(lambda: _versions(source, window, clip, options, flips))
+        return (window.item, told) if isinstance(told, UnreadableVideo) else (window.item, *told)
+    except Exception as error:
+        if faults.not_the_files(error):
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(
+                f"{words}: the machine or its disk is to blame, so no clip is skipped for it; once mended (fewer "
+                f"--threads open fewer files and take less memory), {precomputed.AGAIN}: it goes on"
+            ) from error
+        raise
+    finally:
+        video.close_kept()  # the next window of a film is another thread's
+
+
+def _versions(source, window: Window, clip: Clip, options: Options, flips: int) -> tuple[int, np.ndarray]:
+    """(label, the window's variants, each with its mirror image if there are flips)."""
+    made = []
     for variant in range(options.variants):
-        try:
-            row = load(source, window, clip, np.random.default_rng(0), (variant + 0.5) / options.variants)
-        except UnreadableVideo as error:
-            return window.item, error
-        versions += [row["video"]] + [row["video"][:, :, ::-1]] * (flips - 1)
-    return window.item, int(row["label"]), np.stack(versions)
+        row = load(source, window, clip, np.random.default_rng(0), (variant + 0.5) / options.variants)
+        made += [row["video"]] + [row["video"][:, :, ::-1]] * (flips - 1)
+    return int(row["label"]), np.stack(made)
 
 
 def _ahead(tasks: Iterable[Callable], threads: int, ahead: int) -> Iterator[Any]:
@@ -141,25 +171,30 @@ def _ahead(tasks: Iterable[Callable], threads: int, ahead: int) -> Iterator[Any]
         pool.shutdown(cancel_futures=True)
 
 
-def _make_shards(folder: Folder, makers, series, decode, listed, options: Options, mesh, say) -> None:
+def _files(folder: Folder, series: Mapping[str, Series]) -> dict[Path, str]:
+    """{path: name of its series} of all shards, there or not."""
+    return {folder.path / name: key for key, s in series.items() for split in s.counts for name in s.shards(split)}
+
+
+def _make_shards(folder: Folder, makers, series, whole, decode, listed, options: Options, mesh, say) -> None:
     """Every shard of this process's that is not whole yet."""
     work = []
-    for size in dict.fromkeys(s.per_shard for s in series.values()):
+    for size in dict.fromkeys(series[m.name].per_shard for m in makers):
         group = [m for m in makers if series[m.name].per_shard == size]
         numbered = [(split, k) for split in SPLITS for k in range(-(-folder.clips.windows[split] // size))]
         for number, (split, k) in enumerate(numbered):
             paths = {m.name: folder.path / series[m.name].shards(split)[k] for m in group if split in m.splits}
-            todo = {name: path for name, path in paths.items() if not precomputed.is_whole(path)}
+            todo = {name: path for name, path in paths.items() if path not in whole}
             if todo and options.mine(number):
                 units = range(k * size, min((k + 1) * size, folder.clips.windows[split]))
                 work.append(([m for m in group if m.name in todo], todo, split, units))
-    threads = options.threads or os.cpu_count() or 1
     clips = sum(len(units) for *_, units in work)
     if not clips:
         return
     compiled = {m.name: jax.jit(stored(m, DTYPES[options.dtype])) for m in makers if m.compute is not None}
     tasks = [functools.partial(decode, folder.clips.flips, split, k) for *_, split, units in work for k in units]
-    stream = _ahead(tasks, threads, threads + options.at_once * mesh.size)
+    threads, ahead = _room(folder.clips, options, mesh.size)
+    stream = _ahead(tasks, threads, ahead)
     failed: dict[int, UnreadableVideo] = {}  # different videos since the last that could be read
     doubtful: list[Path] = []  # whole shards that lack some of these
     with contextlib.closing(stream), Progress("clips", clips) as progress:
@@ -168,6 +203,16 @@ def _make_shards(folder: Folder, makers, series, decode, listed, options: Option
             _make_shard(chosen, paths, split, units, watched, compiled, listed, options, mesh, progress, say)
             if failed:
                 doubtful += paths.values()
+
+
+def _room(clips: Clips, options: Options, devices: int) -> tuple[int, int]:
+    """(threads that decode, clips that they may be ahead): few enough for the memory, enough for cores and devices."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = options.threads or min(usable, MOST_THREADS)
+    frames, height, width = (clips.fields[f"data.{name}"] for name in ("num_frames", "height", "width"))
+    held = frames * height * width * 3 * clips.versions("train")
+    ahead = max(1, min(threads + options.at_once * devices, WAITING_BYTES // held))
+    return min(threads, ahead + 1), ahead
 
 
 def _watched(
@@ -180,27 +225,30 @@ def _watched(
     meanwhile and lacks them goes, or it would lack them for ever.
     """
     known = None
-    for task, (item, *read) in zip(tasks, stream, strict=True):
-        if not isinstance(read[0], UnreadableVideo):
-            known = task
-            failed.clear()
-            doubtful.clear()
-        else:
-            failed[item] = read[0]
-            others = (known,) if known else (tasks[0], tasks[len(tasks) // 2], tasks[-1])
-            if len(failed) >= pipeline.GIVE_UP_AFTER and any(_reads(other) for other in others):
+    try:
+        for task, (item, *read) in zip(tasks, stream, strict=True):
+            if not isinstance(read[0], UnreadableVideo):
+                known = task
                 failed.clear()
                 doubtful.clear()
-            elif len(failed) >= pipeline.GIVE_UP_AFTER:
-                for path in doubtful:
-                    path.unlink(missing_ok=True)
-                    Path(f"{path}.json").unlink(missing_ok=True)
-                first = next(iter(failed.values()))
-                raise OSError(
-                    f"{len(failed)} videos in a row cannot be read, the first is {first}; is their disk there? Once "
-                    f"mended, {precomputed.AGAIN}: it goes on"
-                )
-        yield item, *read
+            else:
+                failed[item] = read[0]
+                others = (known,) if known else (tasks[0], tasks[len(tasks) // 2], tasks[-1])
+                if len(failed) >= pipeline.GIVE_UP_AFTER and any(_reads(other) for other in others):
+                    failed.clear()
+                    doubtful.clear()
+                elif len(failed) >= pipeline.GIVE_UP_AFTER:
+                    first = next(iter(failed.values()))
+                    raise OSError(
+                        f"{len(failed)} videos in a row cannot be read, the first is {first}; is their disk there? "
+                        f"Once mended, {precomputed.AGAIN}: it goes on"
+                    )
+            yield item, *read
+    except OSError:  # or a disk that fails now
+        for path in doubtful:
+            path.unlink(missing_ok=True)
+            Path(f"{path}.json").unlink(missing_ok=True)
+        raise
 
 
 def _reads(task: Callable) -> bool:
@@ -252,92 +300,33 @@ def _make_shard(chosen, paths, split, units, stream, compiled, listed, options, 
             listing.update(units=named, bad=bad)
 
 
-# ---- prompts
-
-
-def _captions(source: Source, found) -> tuple[list[str], list[int]]:
-    """The name of each item, and the number of its caption among the different ones; -1 where there is none."""
-    used = dict.fromkeys(w.item for split in SPLITS for w in found[split])
-    different: dict[str, int] = {}
-    for item in used:
-        if source.captions and source.captions[item]:
-            different.setdefault(source.captions[item], len(different))
-    said = source.captions or [""] * len(source.items)
-    return [item.name for item in source.items], [different.get(caption, -1) for caption in said]
-
-
-def _make_prompts(folder: Folder, run, source: Source, listed, config, options: Options, mesh, say) -> None:
-    """The shards of the captions' embeddings that are this process's, and the empty and the sampled prompts."""
-    encoder, dtype = run.frozen["text"], DTYPES[options.dtype] or run.task.dtype
-    at_once = PROMPTS_AT_ONCE * options.at_once * mesh.size
-    embed = jax.jit(lambda encoder, ids: encoder(ids).astype(run.task.dtype).astype(dtype))
-
-    def write_all(path: Path, ids: np.ndarray, said: Sequence[str], progress) -> None:
-        with precomputed.new_shard(path) as (write, listing):
-            for first in range(0, len(ids), at_once):
-                rows = ids[np.minimum(np.arange(first, first + at_once), len(ids) - 1)]
-                embedded = jax.device_get(embed(encoder, jax.device_put(rows, batch_sharding(mesh))))
-                for row in embedded[: len(ids) - first]:
-                    # Zeros at the end need no room. T5 has none: CogVideoX attends to its embeddings of the padding.
-                    used = np.flatnonzero(row.astype(np.float32).any(axis=-1))
-                    write(np.ascontiguousarray(row[: used[-1] + 1 if len(used) else 0]).tobytes())
-                progress(len(embedded[: len(ids) - first]))
-            listing["prompts"] = list(said)
-
-    first_items: dict[int, int] = {}
-    for item, number in enumerate(listed[1]):
-        first_items.setdefault(number, item)
-    first_items.pop(-1, None)
-    items = [first_items[k] for k in range(len(first_items))]
-    shape, bytes_each = (config.text.tokens, encoder.width), np.dtype(dtype).itemsize
-    per_shard = max(1, int(options.shard_mb * 2**20) // (shape[0] * shape[1] * bytes_each))
-    counts = {"captions": len(items)}
-    made = Series("prompts", contents.of_prompts(config), np.dtype(dtype).name, shape, counts, per_shard, about())
-    series = precomputed.claim_series(folder, made)
-    paths = [folder.path / name for name in series.shards("captions")]
-    todo = [k for k, path in enumerate(paths) if options.mine(k) and not precomputed.is_whole(path)]
-    say(f"{len(items):,} different captions")
-    with Progress("prompts", max(1, sum(len(series.units("captions", k)) for k in todo))) as progress:
-        for k in todo:
-            chosen = [items[number] for number in series.units("captions", k)]
-            write_all(paths[k], source.tokens[chosen].astype(np.int32), [source.captions[i] for i in chosen], progress)
-    there = precomputed_source.asked(folder)
-    wanted = list(dict.fromkeys(["", *config.sample.prompts, *there]))
-    if options.mine(0) and set(wanted) != set(there):
-        ids, _ = prompts.tokenize(config, wanted)
-        write_all(folder.path / precomputed_source.ASKED, ids, wanted, lambda count: None)
-
-
 # ---- the end, and the command line
 
 
-def _report(path: Path, options: Options, say) -> dict[str, int]:
-    """What the folder holds now; of several processes that know of each other, when all are done."""
-    while True:
-        folder = precomputed.open_folder(path)
-        files = [path / name for s in folder.series.values() for split in s.counts for name in s.shards(split)]
-        missing = sum(not precomputed.is_whole(file) for file in files)
-        if not missing or jax.process_count() == 1:
-            break
-        time.sleep(2)  # leaving early would end the others: jax.distributed is shut down together
-    bad = max(
-        sum(len(json.loads(Path(f"{f}.json").read_text())["bad"]) for f in _finished(folder, s))
-        for s in folder.series.values()
-        if s.name != "prompts"
-    )
+def _report(folder: Folder, series: Mapping[str, Series], options: Options, say) -> dict[str, int]:
+    """What the folder holds of these series now; of several processes that know of each other, when all are done."""
+    files = _files(folder, series)
+    missing = [path for path in files if not precomputed.is_whole(path)]
+    # Leaving early would end the others: jax.distributed is shut down together. Of given numbers nobody knows whose the
+    # others are.
+    while missing and jax.process_count() > 1 and options.shard_range is None:
+        time.sleep(LOOK_EVERY)
+        missing = list(itertools.dropwhile(precomputed.is_whole, missing))
+    bad, absent = Counter(), set(missing)
+    for path, name in files.items():
+        if name != embedded.NAME and path not in absent:
+            bad[name] += len(json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["bad"])
+    worst = max(bad.values(), default=0)
     clips = sum(folder.clips.windows[split] * folder.clips.versions(split) for split in SPLITS)
-    if bad:
-        say(f"{bad} windows could not be read and are skipped")
+    if worst:
+        say(f"{worst} windows could not be read and are skipped")
     if missing:
-        say(f"{len(files) - missing} of {len(files)} shards are there; the others are other processes'")
+        whose = "of other --shard_range" if options.shard_range else "other processes'"
+        say(f"{len(files) - len(missing)} of {len(files)} shards are there; the others are {whose}")
     else:
-        say(f"complete: {len(files)} shards; train with --config.data.source={path}")
-    return {"clips": clips, "bad": bad, "missing": missing}
-
-
-def _finished(folder: Folder, series: Series) -> list[Path]:
-    files = [folder.path / name for split in series.counts for name in series.shards(split)]
-    return [file for file in files if precomputed.is_whole(file)]
+        named = ", ".join(series)
+        say(f"complete: {len(files)} shards ({named}); train with --config.data.source={folder.path}")
+    return {"clips": clips, "bad": worst, "missing": len(missing)}
 
 
 def share(values: flags.FlagValues) -> tuple[int, int]:
@@ -366,7 +355,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("dtype", "keep", "Of what is floating: keep (as it is computed), bf16, fp16 or fp32.", **where)
     flags.DEFINE_float("shard_mb", Options.shard_mb, "Size of a file, at most, unless one clip is larger.", **where)
     flags.DEFINE_integer("at_once", 1, "Clips on each device at a time.", **where)
-    flags.DEFINE_integer("threads", 0, "That decode; 0: as many as cores.", **where)
+    flags.DEFINE_integer("threads", 0, f"That decode; 0: as many as usable cores, at most {MOST_THREADS}.", **where)
     flags.DEFINE_string("shard_range", None, "A:B, only the shards of these numbers.", **where)
     flags.DEFINE_string(
         "flow_network", "", "Of --what=flow: a RAFT or SEA-RAFT; default: config.motion.flow's.", **where

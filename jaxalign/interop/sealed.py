@@ -6,16 +6,19 @@ crash at any earlier moment leaves a folder without a manifest, which nobody pic
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "manifest.json"
 FORMAT = 1  # raised when an older reader could not make sense of a manifest any more
+FORGOTTEN = 86_400  # seconds in which nothing was written: whoever did was killed
 
 
 def sync(path: Path) -> None:
@@ -27,11 +30,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def unfinished(path: Path) -> Path:
+    """A hidden name beside `path` for what becomes it, of this call alone: in containers all processes have one id."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that is called `folder` (free, or empty) once it is whole; of half a one nothing stays."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """A folder to fill that is called `folder` (free, or empty) once it is whole; of half a one nothing stays.
+
+    What killed processes left of it goes once nobody has written into it for a day.
+    """
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        if _last_written(left) < time.time() - FORGOTTEN:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = unfinished(folder)
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -44,12 +57,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
+def _last_written(folder: Path) -> float:
+    """When a file in a folder was written last; infinite where one cannot be looked at."""
+    try:
+        return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except OSError:  # its owner is just renaming or removing it
+        return float("inf")
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a crash, sees the old one or the new one and nothing between.
 
     Raises OSError (the old file is then untouched and the temporary one removed).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

@@ -3,8 +3,10 @@
 import dataclasses
 import difflib
 import functools
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,7 +42,7 @@ class Options:
     dtype: str = "keep"  # of what is floating: as it is computed | bf16 | fp16 | fp32
     shard_mb: float = 512  # a file is as large, or one clip
     at_once: int = 1  # clips on each device
-    threads: int = 0  # that decode; 0: as many as cores
+    threads: int = 0  # that decode; 0: as many as cores that this process may use, at most precompute.MOST_THREADS
     share: tuple[int, int] = (0, 1)  # (k, n): process k of n, which makes the shards k, k + n, …
     shard_range: tuple[int, int] | None = None  # in its place: shards of these numbers
     flow_network: str = ""  # empty: config.motion.flow's, else FLOW_NETWORK
@@ -161,7 +163,7 @@ def stored(maker: Maker, dtype: Any) -> Callable:
     return compute
 
 
-def claim(folder: Folder, makers: Sequence[Maker], options: Options, say: Callable[[str], None]) -> dict[str, Series]:
+def claim(folder: Folder, makers: Sequence[Maker], options: Options) -> dict[str, Series]:
     """{name: series} as they stand in the folder, new ones written down. Raises ValueError for other contents there."""
     if not makers:  # prompts alone, of a folder that holds the videos
         return {}
@@ -175,18 +177,37 @@ def claim(folder: Folder, makers: Sequence[Maker], options: Options, say: Callab
     # As large for all that is made together, so that a clip is decoded once, and the same for every process.
     largest = max(sizes[m.name] * folder.clips.versions(m.splits[0]) for m in makers)
     per_shard = max(1, int(options.shard_mb * 2**20) // largest)
-    claimed, bytes_in_all = {}, 0
+    claimed = {}
     for maker in makers:
         counts = {split: folder.clips.windows[split] for split in maker.splits}
         x = shapes[maker.name]
         series = Series(maker.name, maker.fields, str(x.dtype), x.shape[1:], counts, per_shard, about())
         claimed[maker.name] = precomputed.claim_series(folder, series)
-        bytes_in_all += sum(sizes[maker.name] * folder.clips.versions(split) * n for split, n in counts.items())
-    free = shutil.disk_usage(folder.path).free
-    count = folder.clips.windows["train"] * folder.clips.versions("train")
-    say(f"{count:,} clips and {options.held_out} held out: {', '.join(claimed)}")
-    say(f"about {bytes_in_all / 1e9:,.2f} GB in {folder.path}, where {free / 1e9:,.1f} GB are free")
     return claimed
+
+
+def announce(
+    folder: Folder, series: Mapping[str, Series], whole: Collection[Path], options: Options, say: Callable[[str], None]
+) -> None:
+    """Say what is made, how large the shards are that are not `whole`, and how much of the disk is free."""
+    wanted, there = 0, 0
+    for s in series.values():
+        each = math.prod(s.shape) * jnp.dtype(s.dtype).itemsize
+        for split in s.counts:
+            for k, name in enumerate(s.shards(split)):
+                size = each * folder.clips.versions(split) * len(s.units(split, k))
+                wanted, there = wanted + size, there + (size if folder.path / name in whole else 0)
+    free, left = shutil.disk_usage(folder.path).free, wanted - there
+    count = folder.clips.windows["train"] * folder.clips.versions("train")
+    captions = [f", {s.counts['captions']:,} different captions" for s in series.values() if "captions" in s.counts]
+    say(f"{count:,} clips and {options.held_out} held out{''.join(captions)}: {', '.join(series)}")
+    more = f" more than the {there / 1e9:,.2f} GB that are there," if there else ""
+    say(f"about {left / 1e9:,.2f} GB{more} in {folder.path}, where {free / 1e9:,.1f} GB are free")
+    if left > free:
+        say(
+            f"warning: {(left - free) / 1e9:,.1f} GB too little is free; make room, or take a smaller --what, --clips "
+            "or --variants, or --dtype=bf16, with another --out"
+        )
 
 
 def about() -> dict[str, Any]:
