@@ -18,7 +18,9 @@ compare --root FOLDER: the methods of a sweep (configs/compare.py) beside each o
         synthetic:gravity; compare.md, .csv, .json and .png there
 
 Held-out clips, times and noise are the same for every run. Rows are printed as a Markdown table and kept as JSON:
-evaluate_loss.json in each workdir, evaluate_probe.json in the first. `teachers` keeps a CSV and pictures in --out.
+evaluate_loss.json in each workdir, evaluate_probe.json in the first, a score beside those of other videos or weights.
+--workdir RUN takes the newest checkpoint; RUN/checkpoints/STEP takes that one, and evaluate_loss_stepSTEP.json is kept.
+`teachers` keeps a CSV and pictures in --out.
 """
 
 import csv
@@ -41,7 +43,7 @@ from jaxalign.training import config as config_lib
 from jaxalign.training import probe as probe_lib
 from jaxalign.training.data_settings import clip_settings, counted, split_batch
 from jaxalign.training.restore import find_checkpoint
-from jaxalign.training.trained import open_run, read_config, whole
+from jaxalign.training.trained import open_run, read_config, whole, workdir_of
 
 SHOWN_CLIPS = 3  # clips that the pictures of `teachers` show
 
@@ -49,8 +51,9 @@ SHOWN_CLIPS = 3  # clips that the pictures of `teachers` show
 def loss(workdirs: Sequence[Path], *, weights: str = "ema", clips: int = 16, times: int = 8) -> list[dict]:
     """One row a run; see the module's docstring. Raises FileNotFoundError for a folder that is no run."""
     rows = []
-    for workdir in workdirs:
-        config, run, trainable = open_run(workdir, weights=weights)
+    for given in workdirs:
+        workdir, checkpoint = workdir_of(given), find_checkpoint(given)
+        config, run, trainable = open_run(workdir, weights=weights, checkpoint=checkpoint)
         batches = held_out(config, clips)
         losses = evaluation.held_out_losses(run, trainable, batches, times=times)
         tokens = prompts.for_samples(config, batches)
@@ -58,13 +61,14 @@ def loss(workdirs: Sequence[Path], *, weights: str = "ema", clips: int = 16, tim
         real = np.concatenate([motion_magnitude(batch["video"][: counted(batch)]) for batch in batches])
         row = {
             "run": workdir.name,
+            "step": int(checkpoint.name),
             "weights": weights,
             **evaluation.summarise(losses),
             "denoising_by_time": [round(float(v), 6) for v in losses["denoising"]],
             "motion_of_samples": float(motion_magnitude(samples).mean()),
             "motion_of_real_clips": float(real.mean()),
         }
-        _keep(workdir / "evaluate_loss.json", row)
+        _keep(workdir / f"evaluate_loss{_named(given, checkpoint)}.json", row)
         rows.append(row)
     return rows
 
@@ -128,9 +132,10 @@ def probe(
             heads["own head"] = open_run(w, weights=weights, checkpoint=places[w]).trainable["heads"]
         for kind, head in heads.items():
             measured = probe_lib.measure(base.run, {"model": model, "heads": head}, held, times=times)
-            row = {"run": w, "weights": weights, "read through": kind, "denoising": measured["denoising"]}
-            rows.append(row | {alignment.method: measured["aligned"]})
-    _keep(workdirs[0] / "evaluate_probe.json", rows)
+            row = {"run": w, "step": int(places[w].name), "weights": weights, "read through": kind}
+            rows.append(row | {"denoising": measured["denoising"], alignment.method: measured["aligned"]})
+    named = _named(workdirs[0], places[str(workdirs[0])])
+    _keep(workdir_of(workdirs[0]) / f"evaluate_probe{named}.json", rows)
     return rows
 
 
@@ -173,17 +178,24 @@ def motion(workdirs: Sequence[Path], *, weights: str = "ema", clips: int = 32) -
     Raises ValueError for a run of another task, FileNotFoundError for a folder that is no run.
     """
     rows = []
-    for workdir in workdirs:
-        opened = open_run(workdir, weights=weights, task=subspaces.TASK)
-        own = [{"run": workdir.name, **row} for row in motion_report.measure(opened, clips=clips)]
-        paths = [workdir / "evaluate_motion.csv"]
+    for given in workdirs:
+        workdir, checkpoint = workdir_of(given), find_checkpoint(given)
+        opened = open_run(workdir, weights=weights, checkpoint=checkpoint, task=subspaces.TASK)
+        about, named = {"run": workdir.name, "step": int(checkpoint.name)}, _named(given, checkpoint)
+        own = [about | row for row in motion_report.measure(opened, clips=clips)]
+        paths = [workdir / f"evaluate_motion{named}.csv"]
         _write_csv(paths[0], own)
         for k, batch in enumerate(held_out(opened.config, SHOWN_CLIPS, at_once=1)):
-            paths.append(workdir / "figures" / f"motion_{k}.png")
+            paths.append(workdir / "figures" / f"motion{named}_{k}.png")
             showing.PredictedFlow(opened.run, batch)(opened.trainable, None, paths[-1])
         print("to look at:", *(f"  {path}" for path in paths), sep="\n")
         rows += own
     return rows
+
+
+def _named(given: Path, checkpoint: Path) -> str:
+    """What names of results end with: the step of a checkpoint that was given itself, nothing for a run's newest."""
+    return f"_step{checkpoint.name}" if checkpoint == given.absolute() else ""
 
 
 def _write_csv(path: Path, rows: list[dict]) -> None:
@@ -348,7 +360,7 @@ def _teachers_of_flags(given) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("workdir", [], "A run to look at; may be given several times.")
+    flags.DEFINE_multi_string("workdir", [], "A run to look at, or RUN/checkpoints/STEP; may be given several times.")
     flags.DEFINE_string(
         "weights",
         "ema",

@@ -11,6 +11,7 @@ full precision, whatever the device's default is: scores are compared between ma
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from jaxalign import teachers
+from jaxalign.interop import converted
 from jaxalign.interop.mapping import named_leaves
 from jaxalign.metrics import networks
 from jaxalign.models.frames import over_frames
@@ -34,6 +36,8 @@ AT_ONCE = 8  # clips in a batch
 FRAMES_AT_ONCE = 64  # of image networks, on a device
 VIDEO_NETWORKS = ("i3d", "c3d")  # of those in metrics/networks the ones that see whole clips; the others see images
 PAPERS_VIDEOMAE = "videomaev2_g", "vit_g_hybrid_pt_1200e_ssv2_ft.pth"  # of the content-debiased FVD
+# Of networks that several published files fit, the files with the weights that papers compare.
+PAPERS_FILES = {PAPERS_VIDEOMAE[0]: PAPERS_VIDEOMAE[1:], "i3d": ("i3d_torchscript.pt", "i3d_pretrained_400.pt")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,12 @@ class Network:
     ask: Callable[[Any, Any], Any]  # (module, uint8 [b, t, h, w, 3]) -> [b, d], or [b, t, d] of every frame
     mesh: Mesh
     settings: tuple[tuple[str, Any], ...] = ()
+    file: str = ""  # upstream's name of the file that the weights came in
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of the weights; see `digest`."""
+        return digest(self.module)
 
 
 def names() -> list[str]:
@@ -89,7 +99,22 @@ def open_network(
     # The output is small: whole on every device, and fetched from one of them.
     ask = jax.jit(ask, out_shardings=NamedSharding(mesh, PartitionSpec()))
     title = _title(name, per_frame)
-    return Network(name, title, module, ask, mesh, tuple(sorted((k, str(v)) for k, v in settings.items())))
+    settings = tuple(sorted((k, str(v)) for k, v in settings.items()))
+    return Network(name, title, module, ask, mesh, settings, file=_file(name, weights))
+
+
+def papers_files(name: str) -> tuple[str, ...]:
+    """What the files are called whose features papers compare, the usual one first; any of a network's that hold the
+    same weights."""
+    return PAPERS_FILES.get(name) or tuple(file.name for file in teachers.files(name))
+
+
+def _file(name: str, weights: str | Path | None) -> str:
+    """The name of upstream's file; a folder that jaxalign.convert made of one notes it."""
+    if weights is None:
+        return teachers.files(name)[0].name  # of an installed package
+    noted = converted.note(weights).get("source") if converted.is_converted(weights) else None
+    return noted or Path(weights).absolute().name
 
 
 def asking(name: str, *, per_frame: bool = False, logits: bool = False) -> Callable[[Any, Any], Any]:

@@ -135,20 +135,32 @@ def _stamps(path: str) -> list[tuple[int, int]]:
 def of_videos(source: Source, clip: Clip, *, count: int, seed: int = 0) -> Clips:
     """One clip of each of the first `count` videos in random order, whatever split they are in: a folder to score.
 
-    Of a source that has captions, videos without one are left out, as too short ones are; notes say how many.
+    Of a source that has captions, videos without one are left out, as too short ones are and what only shows all the
+    others beside each other; notes say how many.
     """
-    untold = {k for k, caption in enumerate(source.captions) if not caption}
-    splits = ["unused" if k in untold else "held_out" for k in range(len(source.items))]
+    sheets = _sheets(source)
+    untold = {k for k, caption in enumerate(source.captions) if not caption and k not in sheets}
+    splits = ["unused" if k in sheets | untold else "held_out" for k in range(len(source.items))]
     items = tuple(dataclasses.replace(item, split=split) for item, split in zip(source.items, splits, strict=True))
     source = dataclasses.replace(source, items=items)
     told = [item for item in items if item.split == "held_out"]
     short = [item.name for item in told if item.frames is not None and item.frames < clip.fewest]
     left_out = {f"shorter than {clip.num_frames} frames": short, "unreadable": [name for name, _ in source.skipped]}
-    left_out["without a caption"] = [item.name for item in items if item.split == "unused"]
+    left_out["without a caption"] = [items[k].name for k in sorted(untold)]
+    left_out["they show the others beside each other"] = [items[k].name for k in sorted(sheets)]
     notes = tuple(f"left out, {why}: {len(k)} videos (the first: {k[0]})" for why, k in left_out.items() if k)
     count = min(count, len(told) - len(short)) or count
     found = of_source(source, clip, split="held_out", count=count, seed=seed)
     return dataclasses.replace(found, name=source.name, differs={"n": count} | looks(clip), notes=notes)
+
+
+def _sheets(source: Source) -> set[int]:
+    """The all.mp4 that `python -m jaxalign.sample` once wrote beside its videos, which are 0000.mp4 and so on."""
+    names = {item.name for item in source.items} | {name for name, _ in source.skipped}
+    found = {
+        k: item.name.removesuffix("all.mp4") for k, item in enumerate(source.items) if item.name.endswith("all.mp4")
+    }
+    return {k for k, folder in found.items() if folder[-1:] in ("", "/") and f"{folder}0000.mp4" in names}
 
 
 def looks(clip: Clip) -> dict[str, Any]:
@@ -226,7 +238,7 @@ def described(clips: Clips, network: Network, kind: str, *, at_once: int) -> dic
         "features": kind,
         "network": network.name,
         "settings": dict(network.settings),
-        "weights": features_lib.digest(network.module),
+        "weights": network.digest,
         "clips": dict(clips.about),
         "at_once": at_once,
     }
@@ -342,12 +354,16 @@ def _ending(score: str, generated: Clips, real: Clips | None, network: Network) 
     """What every row ends with: how the number came about, and what of that is not the paper's."""
     known = {**(real.differs if real else {}), **generated.differs, "network": network.name}
     paper = PAPER | {"network": NETWORKS[score]}
+    if network.file and network.file not in (files := features_lib.papers_files(network.name)):
+        known["weights"], paper["weights"] = network.file, files[0]
     differ = [f"{k} {known[k]} ({v})" for k, v in paper.items() if k in known and known[k] != v]
     protocol = NAME + (f" but for {', '.join(differ)}" if differ else "")
-    ending = {"network": network.name, "protocol": protocol}
+    ending = {"network": network.name, "network file": network.file, "network digest": network.digest}
+    ending["protocol"] = protocol
     replaced = {"replaced": generated, "replaced real": real}
     ending |= {title: len(clips.replaced) for title, clips in replaced.items() if clips is not None and clips.replaced}
-    return ending | {k: generated.about[k] for k in ("sampler", "seed", "step", "weights") if k in generated.about}
+    of_run = ("sampler", "guidance", "seed", "step", "weights")
+    return ending | {k: generated.about[k] for k in of_run if k in generated.about}
 
 
 class Pace:

@@ -95,7 +95,10 @@ def method_of(config: ml_collections.ConfigDict) -> str:
 def answers(
     outcomes: Sequence[Outcome], questions: Questions, *, say: Callable[[str], None] = print
 ) -> tuple[list[Row], list[str]]:
-    """(the rows, REAL first in each data set; remarks). What is kept beside a run is not asked again."""
+    """(the rows, REAL first in each data set; remarks). What is kept beside a run is not asked again.
+
+    Raises FileNotFoundError where no run at all answers.
+    """
     rows, remarks = [], []
     for data in dict.fromkeys(data_of(o.config) for o in outcomes):
         own = [o for o in outcomes if data_of(o.config) == data]
@@ -109,11 +112,16 @@ def answers(
         names = _names(groups)
         for group in sorted(groups, key=lambda g: _place(names[g])):
             members = sorted(groups[group], key=lambda o: o.config.seed)
-            found = _ask(members, questions, reference, say)
+            members, found, more = _ask(members, questions, reference, say)
+            remarks += more
+            if not members:
+                continue
             columns = [name for name in COLUMNS if any(name in one for one in found)]
             values = {name: [float(one.get(name, np.nan)) for one in found] for name in columns}
             rows.append(Row(data, names[group], tuple(o.config.seed for o in members), values))
         remarks += _unequal(data, own)
+    if all(row.method == REAL for row in rows):
+        raise FileNotFoundError(f"there is nothing to compare: {'; '.join(remarks)}")
     return rows, remarks + missing(rows)
 
 
@@ -184,22 +192,46 @@ def _distance(videos: np.ndarray, stated: Moments, network: features.Network) ->
     return frechet_distance(moments(features.features(network, videos, at_once=AT_ONCE)), stated)
 
 
-def _ask(members: Sequence[Outcome], questions: Questions, reference: Reference, say) -> list[dict[str, float]]:
-    """The columns of each run of one group, which share what is compiled."""
-    found, compiled = [], {}
+def _ask(
+    members: Sequence[Outcome], questions: Questions, reference: Reference, say
+) -> tuple[list[Outcome], list[dict[str, float]], list[str]]:
+    """(the runs of one group that answer, the columns of each, remarks); they share what is compiled."""
+    answering, found, remarks, compiled = [], [], [], {}
     for outcome in members:
         kept = read_json(outcome.workdir / KEPT)
         if kept.get("asked") != _asked(questions, _newest(outcome.workdir)):  # all bytes are read for new answers only
-            checkpoint = find_checkpoint(outcome.workdir, say=say)
-            asked = _asked(questions, checkpoint)
-            say(f"{outcome.name}: {questions.samples} samples")
-            values, videos = _measure(outcome, checkpoint, questions, compiled)
-            values |= of_videos(videos, outcome.config)
-            values["frechet"] = _distance(videos, reference.moments, reference.network)
-            kept = {"asked": asked, "values": values}
-            write_atomic(outcome.workdir / KEPT, json.dumps(kept, indent=2) + "\n")
+            try:
+                checkpoint = find_checkpoint(outcome.workdir, say=say)
+            except FileNotFoundError:
+                gone = f"{outcome.name}: its checkpoints are gone or damaged"
+                if not _answered(kept, questions, outcome):
+                    remarks.append(f"{gone}, so it is left out")
+                    continue
+                remarks.append(f"{gone}; what stands here was measured earlier ({kept['asked']['checkpoint']})")
+            else:
+                kept = _measured(outcome, checkpoint, questions, reference, compiled, say)
+        answering.append(outcome)
         found.append({name: float(value) for name, value in kept["values"].items()})
-    return found
+    return answering, found, remarks
+
+
+def _measured(outcome: Outcome, checkpoint: Path, questions: Questions, reference: Reference, compiled, say) -> dict:
+    """The answers of a run, which are kept beside it."""
+    asked = _asked(questions, checkpoint)
+    say(f"{outcome.name}: {questions.samples} samples")
+    values, videos = _measure(outcome, checkpoint, questions, compiled)
+    values |= of_videos(videos, outcome.config)
+    values["frechet"] = _distance(videos, reference.moments, reference.network)
+    kept = {"asked": asked, "values": values}
+    write_atomic(outcome.workdir / KEPT, json.dumps(kept, indent=2) + "\n")
+    return kept
+
+
+def _answered(kept: dict, questions: Questions, outcome: Outcome) -> bool:
+    """Whether these are answers to the same questions, given at the step that the run ended at."""
+    asked = kept.get("asked") or {}
+    at_the_end = str(asked.get("checkpoint")).startswith(f"step {outcome.summary['step']}, ")
+    return at_the_end and asked == _asked(questions, None) | {"checkpoint": asked["checkpoint"]}
 
 
 def _newest(workdir: Path) -> Path | None:

@@ -14,6 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from jaxalign.data import captions as captions_lib
 from jaxalign.data import precomputed
 from jaxalign.data.clips import Clip, Source
 from jaxalign.diffusion import SAMPLERS
@@ -48,24 +49,27 @@ def of_run(
 ) -> tuple[Clips, Clips]:
     """(generated clips of a run, the real ones that they are compared with).
 
-    `real` is the source of the real clips (empty: the run's own); number k is generated of the class, or the caption,
-    of real clip k, so both have the same proportions. `sampler` empty: the process's first (ddim or euler). Raises
-    FileNotFoundError without a whole checkpoint, ValueError for a source that does not fit the run.
+    `workdir` may be the folder of one of its checkpoints: that one is taken, not the newest. `real` is the source of
+    the real clips (empty: the run's own); number k is generated of the class, or the caption, of real clip k, so both
+    have the same proportions. `sampler` empty: the process's first (ddim or euler). Raises FileNotFoundError without a
+    whole checkpoint, ValueError for a source that does not fit the run.
     """
-    workdir = Path(workdir)
+    place, workdir = Path(workdir), trained.workdir_of(workdir)
     config = trained.read_config(workdir)
     if (task := config.get("task", "denoising")) != "denoising":
         raise ValueError(f"{workdir} is a run of task {task}, which generates no videos")
     own, told_by_text = config.copy_and_resolve_references(), setup.is_told_by_text(config)
     if real:
         config.data.source = real
+        if captions_lib.beside_of(real).is_file():  # the run's own CSV may be of its training videos alone
+            config.data.captions = ""
     elif precomputed.is_precomputed(config.data.source):
         raise ValueError(
             f"{config.data.source} is precomputed and holds no videos to compare with: give --real, the source that it "
             "was made from"
         )
     clip = Clip(**clip_settings(config))
-    source = prompts.open_told(_resolved(config))
+    source = _opened(_resolved(config), real)
     of_real = of_source(source, clip, split=split, count=count, seed=seed, at_once=at_once)
     notes = _check_classes(own, source) if real and own.model.num_classes and not told_by_text else ()
     run = setup.build(_resolved(config), num_classes=len(source.classes), abstract=True, with_text=False)
@@ -74,7 +78,7 @@ def of_run(
     if sampler and sampler not in fitting:
         raise ValueError(f"--sampler {sampler!r} does not fit the run's process; write {' or '.join(fitting)}")
     options = dict(sampler=sampler or fitting[0], steps=steps, guidance_scale=float(guidance_scale))
-    checkpoint = find_checkpoint(workdir, say=say)
+    checkpoint = find_checkpoint(place, say=say)
     mesh = make_mesh(devices=jax.local_devices())
     size = at_once + -at_once % mesh.size
     about = {
@@ -126,6 +130,20 @@ def _resolved(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config = config.copy_and_resolve_references()
     config.update(UNALIGNED)
     return config_lib.resolve(config)
+
+
+def _opened(config: ml_collections.ConfigDict, real: str) -> Source:
+    """`prompts.open_told`; where captions of `real` are wanting, the error says where to put them."""
+    try:
+        return prompts.open_told(config)
+    except (ValueError, FileNotFoundError) as error:
+        problem, d = str(error).partition(";")[0], config.data
+        of_the_run = d.captions and problem.startswith("data.captions=")
+        if not real or not (of_the_run or "have no caption" in problem or ": no column" in problem):
+            raise
+        kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+        columns = f"columns {d.video_column}, {d.caption_column}"
+        raise kind(f"{problem}; put {captions_lib.FILE} ({columns}) into the folder of --real") from None
 
 
 def _check_classes(config: ml_collections.ConfigDict, real: Source) -> tuple[str, ...]:

@@ -15,10 +15,11 @@ from jaxalign.interop import sealed
 from jaxalign.metrics import features, protocol
 from jaxalign.metrics.networks import clip as clip_network
 from jaxalign.metrics.protocol import Clips
-from jaxalign.training import generated
+from jaxalign.training import generated, trained
 
 NETWORKS = protocol.NETWORKS  # what each score asks when nobody says
 AGAINST_REAL = ("fvd", "fid")
+RESULTS = ("value", "±", "replaced", "replaced real")  # of a row; all else says what was asked
 FLAGS = {"num_frames": "--frames", "split": "--lists", "frame_rate": "--frame_rate"}  # in place of data.NAME
 
 
@@ -49,13 +50,14 @@ def score(
     out: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """The rows of one score, kept as evaluate_WORD_NETWORK.json in the workdir or `out`.
+    """The rows of one score, kept in evaluate_WORD_NETWORK.json of the workdir or `out`; see `keep`.
 
-    Give the `workdir` of a run, whose clips are as its data's, or a folder of `videos` with the source `real` to
-    compare it with; `frames`, `size` and `stride` are then those of the clips (`videos_stride`: of the folder's own),
-    `lists` the number of UCF-101's lists in `real` (None: 1) and `frame_rate` that of folders of frames (None: 25); a
-    run says these itself. `network` with its `weights` as `features.open_network`. Raises ValueError or
-    FileNotFoundError, one line, for what is missing or does not fit, before anything is generated.
+    Give the `workdir` of a run (or the folder of one of its checkpoints: that step is scored, not the newest), whose
+    clips are as its data's, or a folder of `videos` with the source `real` to compare it with; `frames`, `size` and
+    `stride` are then those of the clips (`videos_stride`: of the folder's own), `lists` the number of UCF-101's lists
+    in `real` (None: 1) and `frame_rate` that of folders of frames (None: 25); a run says these itself. `network` with
+    its `weights` as `features.open_network`. Raises ValueError or FileNotFoundError, one line, for what is missing or
+    does not fit, before anything is generated.
     """
     if word not in NETWORKS:
         raise ValueError(f"{word!r} is no score; write one of {', '.join(NETWORKS)}")
@@ -73,7 +75,7 @@ def score(
         options |= dict(count=count, real=real, split=split, seed=seed, at_once=at_once, say=say)
         with _said_as("--real") if real else contextlib.nullcontext():
             clips, of_real = generated.of_run(workdir, **options)
-        folder = Path(workdir)
+        folder, beside = trained.workdir_of(workdir), {"split": split}
     else:
         shape = dict(num_frames=frames, height=size[0], width=size[1])
         rate = dict(frame_rate=FRAME_RATE if frame_rate is None else frame_rate)
@@ -82,6 +84,9 @@ def score(
             opened = _captioned(opened, videos) if word == "clip" and tokenizer else opened
             clips = protocol.of_videos(opened, Clip(**shape, stride=videos_stride), count=count, seed=seed)
         of_real, folder = None, Path(out or "runs/scores")
+        beside = {"split": split} if word in AGAINST_REAL else {}
+        beside |= {"lists": lists, "frame rate": frame_rate}
+        beside |= {"videos stride": videos_stride} if videos_stride > 1 else {}
         if word in AGAINST_REAL:
             clip = Clip(**shape, stride=stride)
             with _said_as("--real", **FLAGS):
@@ -94,11 +99,38 @@ def score(
     for note in (*clips.notes, *(of_real.notes if of_real is not None else ()), *notes):
         say(f"note: {note}")
     rows = _rows(word, clips, of_real, asked, cache=cache, tokenize=tokenize, at_once=at_once, say=say)
+    rows = [row | {k: v for k, v in beside.items() if v is not None} for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"evaluate_{word}_{name}.json"
-    sealed.write_atomic(path, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-    say(f"kept in {path}")
+    keep(folder / f"evaluate_{word}_{name}.json", rows, say=say)
     return rows
+
+
+def keep(path: Path, rows: list[dict[str, Any]], *, say: Callable[[str], None] = print) -> None:
+    """Puts rows into the JSON list at `path`, in the place of those that were asked the same; the others stay."""
+    asked = [_asked(row) for row in rows]
+    others = [row for row in _rows_in(path, say) if _asked(row) not in asked]
+    sealed.write_atomic(path, json.dumps(others + rows, indent=2, ensure_ascii=False) + "\n")
+    say(f"kept in {path}" + (f", beside {len(others)} other rows" if others else ""))
+
+
+def _asked(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in RESULTS}
+
+
+def _rows_in(path: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows that are kept; a file that holds none is put aside, for it may be somebody's."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        found = None
+    if isinstance(found, list) and all(isinstance(row, dict) for row in found):
+        return found
+    aside = path.with_name(f"{path.name}.old")
+    path.replace(aside)
+    say(f"warning: {path} holds no rows of scores; it is now {aside.name}")
+    return []
 
 
 def _rows(

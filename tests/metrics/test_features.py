@@ -1,5 +1,6 @@
 """Features of real clips: distortions are seen, batches do not matter, what is asked wrongly is refused."""
 
+import json
 import subprocess
 import sys
 from importlib import metadata
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign import teachers
 from jaxalign.data.video import read_span
+from jaxalign.interop import converted, sealed
 from jaxalign.metrics import features, frechet
 
 
@@ -68,6 +71,7 @@ def test_the_digest_is_of_every_bit(network):
     assert features.digest(changed) != features.digest(changed | {"b": jnp.array([1.0, 1.0000001])})
     assert features.digest(changed) == features.digest({k: np.asarray(v) for k, v in changed.items()})
     assert len(features.digest(network.module)) == 32
+    assert network.digest == features.digest(network.module)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,19 @@ def test_nobody_mistakes_it_for_fvd():
     assert "not FVD" in features._title("efficientnet_lite0", False)
     assert "not FID" in features._title("efficientnet_lite0", True)
     assert features._title("videomaev2_b", False) == "FVD (VideoMAE: videomaev2_b)"
+
+
+def test_the_file_of_the_weights_is_known(network, tmp_path):
+    """Also that of a folder which was made of one, and of an installed package."""
+    assert network.file == "efficientnet-lite0-57934424.pth" == features.papers_files("efficientnet_lite0")[0]
+    assert features._file("i3d", "some/where/rgb_imagenet.pt") == "rgb_imagenet.pt"
+    about = {"format": converted.FORMAT, "name": "i3d", "source": "i3d_torchscript.pt"}
+    (tmp_path / converted.NOTE).write_text(json.dumps(about))
+    sealed.write_manifest(tmp_path)
+    assert features._file("i3d", tmp_path) == "i3d_torchscript.pt"
+    for name, papers in features.PAPERS_FILES.items():
+        assert set(papers) < {file.name for file in teachers.files(name)}
+    assert all(map(features.papers_files, features.names()))
 
 
 ON_EIGHT = """

@@ -15,7 +15,7 @@ from jaxalign.data.containers import UnreadableVideo
 from jaxalign.data.frame_folders import FrameReader
 from jaxalign.data.sources import FileReader, open_source
 from jaxalign.interop import sealed
-from jaxalign.metrics import parts, protocol
+from jaxalign.metrics import features, parts, protocol
 from jaxalign.metrics.features import Network
 from jaxalign.metrics.frechet import frechet_distance, moments
 
@@ -161,6 +161,25 @@ def test_the_papers_protocol_is_called_by_its_name():
     )
 
 
+def test_a_row_says_which_weights_made_it():
+    whole = dataclasses.replace(clips(), differs=dict(protocol.PAPER))
+    plain, digest = network(), features.digest({"factor": jnp.float32(1)})
+    papers, other = "vit_g_hybrid_pt_1200e_ssv2_ft.pth", "vit_g_hybrid_pt_1200e_k710_ft.pth"
+    i3d = "network i3d (videomaev2_g)"
+    for score, name, file, said in (
+        ("fvd", "videomaev2_g", papers, ""),
+        ("fvd", "videomaev2_g", other, f" but for weights {other} ({papers})"),
+        ("fvd", "i3d", "i3d_pretrained_400.pt", f" but for {i3d}"),
+        ("fvd", "i3d", "rgb_imagenet.pt", f" but for {i3d}, weights rgb_imagenet.pt (i3d_torchscript.pt)"),
+        ("fid", "inception", "weights-inception-2015-12-05-6726825d.pth", ""),
+    ):
+        row = protocol._ending(score, whole, whole, dataclasses.replace(plain, name=name, file=file))
+        assert row["protocol"] == f"Align4Gen{said}"
+        assert (row["network file"], row["network digest"]) == (file, digest)
+    changed = dataclasses.replace(plain, module={"factor": jnp.float32(2)})
+    assert protocol._ending("fvd", whole, whole, changed)["network digest"] != digest
+
+
 def test_a_folder_that_holds_something_else(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match=r"it has files but no about.json"):
@@ -293,6 +312,20 @@ def test_clips_that_cannot_be_read_are_counted_and_not_sealed(tmp_path):
     broken.clear(), asked.clear()
     row = protocol.frechet(clips(8), real(), network(), per_frame=False, **options)
     assert len(asked) == 2 and (tmp_path / parts.MOMENTS).exists() and "replaced real" not in row
+
+
+def test_the_sheet_of_all_videos_is_none_of_them():
+    """As older folders have it; an all.mp4 among other videos is a video."""
+    names = ("all.mp4", "0000.mp4", "0001.mp4", "other/all.mp4", "other/clip.mp4")
+    source = Source("out", tuple(Item(name, 9, 8.0, 0, "train") for name in names))
+    found = protocol.of_videos(source, CLIP, count=9)
+    assert found.count == 4 and sorted(names[k] for k in found.items) == sorted(names[1:])
+    assert found.notes == ("left out, they show the others beside each other: 1 videos (the first: all.mp4)",)
+    told = dataclasses.replace(source, captions=("", "a cat", "", "a dog", "a hen"))
+    assert [note.partition(":")[0] for note in protocol.of_videos(told, CLIP, count=9).notes] == [
+        "left out, without a caption",
+        "left out, they show the others beside each other",
+    ]
 
 
 def test_features_say_their_precision_where_it_was_another_before():

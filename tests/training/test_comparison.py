@@ -96,8 +96,8 @@ def test_a_run_is_asked_again_when_it_was_trained_again(tmp_path, monkeypatch):
         sealed.write_manifest(folder)
 
     def ask(questions=Questions()):  # noqa: B008  (frozen)
-        (found,) = comparison._ask([_outcome(tmp_path)], questions, reference, lambda _: None)
-        assert found["aligned"] == 0.5 and found["frechet"] == 3.0
+        _, (found,), remarks = comparison._ask([_outcome(tmp_path)], questions, reference, lambda _: None)
+        assert not remarks and found["aligned"] == 0.5 and found["frechet"] == 3.0
         return len(measured)
 
     train("one")
@@ -107,8 +107,30 @@ def test_a_run_is_asked_again_when_it_was_trained_again(tmp_path, monkeypatch):
     assert [ask(), ask()] == [2, 2]
     assert ask(Questions(weights="raw")) == 3
     (folder / "state").write_text("torn")  # named nowhere: it would not be what is measured
-    with pytest.raises(FileNotFoundError, match="holds no whole checkpoint"):
-        ask()
+    members, found, (said,) = comparison._ask([_outcome(tmp_path)], Questions(), reference, lambda _: None)
+    assert not members and not found and len(measured) == 3
+    assert said == "repa,seed=0: its checkpoints are gone or damaged, so it is left out"
+
+
+def test_runs_without_checkpoints_leave_a_table(tmp_path, monkeypatch):
+    """What one answered before, at its end and to the same questions, stands; another one is left out."""
+    monkeypatch.setattr(comparison, "_reference", lambda *_: Reference({}, SimpleNamespace(width=2), None))
+    asked = comparison._asked(Questions(), None) | {"checkpoint": "step 2, 0123"}
+    others = [{"checkpoint": "step 1, 0123"}, {"version": 1}, {"questions": dict(samples=4)}]
+    outcomes = []
+    for seed, kept in enumerate([{}, *others]):
+        workdir = tmp_path / str(seed)
+        workdir.mkdir()
+        (workdir / comparison.KEPT).write_text(json.dumps({"asked": asked | kept, "values": {"frechet": seed}}))
+        outcomes.append(_outcome(workdir, f"repa,seed={seed}", seed=seed))
+    outcomes.append(_outcome(tmp_path / "bare", "repa,seed=9", seed=9))
+    rows, remarks = comparison.answers(outcomes, Questions())
+    assert rows[1:] == [Row(DATA, "repa", (0,), {"frechet": [0.0]})]
+    gone = "its checkpoints are gone or damaged"
+    assert f"repa,seed=0: {gone}; what stands here was measured earlier (step 2, 0123)" in remarks
+    assert all(f"repa,seed={seed}: {gone}, so it is left out" in remarks for seed in (1, 2, 3, 9))
+    with pytest.raises(FileNotFoundError, match=r"nothing to compare: .*seed=9: its checkpoints are gone"):
+        comparison.answers(outcomes[-1:], Questions())
 
 
 @pytest.mark.parametrize(

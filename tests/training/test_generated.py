@@ -144,6 +144,8 @@ def test_rows_and_what_is_kept(run, mean_colour, tmp_path):
     assert (row["sampler"], row["weights"], row["step"], row["seed"]) == ("euler-2", "ema", 1, 0)
     assert json.loads((run / "evaluate_fvd_mean_colour.json").read_text()) == [row]
     assert scoring.score("fvd", workdir=run, say=said.append, **asked) == [row]
+    assert scoring.score("fvd", workdir=run / "checkpoints" / "1", say=said.append, **asked) == [row]
+    assert json.loads((run / "evaluate_fvd_mean_colour.json").read_text()) == [row]
     with pytest.raises(ValueError, match=r"another protocol: clips.seed = 0 there and 2 here"):
         scoring.score("fvd", workdir=run, say=said.append, **(asked | dict(seed=2)))
 
@@ -214,17 +216,27 @@ def test_videos_are_of_the_checkpoint_that_they_are_named_after(copied, whole, m
     clips, _ = generated.of_run(copied, **OPTIONS)
     another_step(copied, 2)
     monkeypatch.setattr(generated.trained, "open_run", opened)
-    monkeypatch.setattr(restore.sealed, "find_damage", lambda folder, *_: looked.append(folder.name) or None)
+    monkeypatch.setattr(restore.checked, "find_damage", lambda folder, *_: looked.append(folder.name) or None)
     found = clips.read(range(10))
     assert clips.about["step"] == 1 and "step1-" in clips.folder.name and drawn_from == ["1"] and looked == ["1"]
     np.testing.assert_array_equal(found, whole[0].read(range(10)))
+
+
+def test_an_older_checkpoint_is_scored_when_it_is_named(copied):
+    """So what was half made when the run trained on can be finished."""
+    before, _ = generated.of_run(copied, **OPTIONS)
+    another_step(copied, 2)
+    for place, step in ((copied, 2), (copied / "checkpoints", 2), (copied / "checkpoints" / "1", 1)):
+        clips, _ = generated.of_run(place, **OPTIONS)
+        assert clips.about["step"] == step and clips.name == "copied" and clips.folder.parent == copied / "generated"
+    assert clips.about == before.about and clips.folder == before.folder
 
 
 def test_one_checkpoint_is_opened_and_gone_ones_are_named(copied, monkeypatch):
     one = trained.open_run(copied, weights="raw").trainable["model"]
     another_step(copied, 2)
     looked = []
-    monkeypatch.setattr(restore.sealed, "find_damage", lambda folder, *_: looked.append(folder.name) or None)
+    monkeypatch.setattr(restore.checked, "find_damage", lambda folder, *_: looked.append(folder.name) or None)
     newest = trained.open_run(copied).trainable["model"]
     first = trained.open_run(copied, checkpoint=copied / "checkpoints" / "1").trainable["model"]
     assert looked == ["2", "1"]
