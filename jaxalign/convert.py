@@ -28,13 +28,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from jaxalign import codecs, teachers
+from jaxalign import teachers
 from jaxalign.interop import converted, diffusers_folder, lora_file, manifests, mapping, safetensors_file
 from jaxalign.interop.dtypes import is_floating
 from jaxalign.metrics import networks
 from jaxalign.models import cogvideox_folder, lora
 from jaxalign.training import config as config_lib
-from jaxalign.training import init_from, restore, setup, subspaces, trained
+from jaxalign.training import contents, init_from, restore, setup, subspaces, trained
 from jaxalign.training import published as published_lib
 from jaxalign.training.data_settings import classes_of
 
@@ -108,7 +108,8 @@ def student_to_diffusers(
 ) -> Path:
     """The published folder with the student of a run as its transformer, for `CogVideoXPipeline.from_pretrained`.
 
-    published: where the other parts come from; None: the folder that the run's init_from.path or codec.weights names.
+    published: where the other parts come from; None: the folder that the run's codec.weights or init_from.path names,
+    of both the one that the run was trained with.
     `link`: symbolic links to them. `shard`: bytes of a weights file. Raises as `student_to_torch`, ValueError for a
     student that diffusers has no folder for or whose training the other parts contradict, FileNotFoundError without a
     whole published one.
@@ -118,8 +119,7 @@ def student_to_diffusers(
     if name != "cogvideox":
         raise ValueError(f"diffusers has no folder for {name}; write --to torch, which has its upstream's names")
     converted.check_free(out)
-    folder = _published(saved.config, published)
-    _refuse_others_parts(saved, folder)
+    folder = _published(saved, published)
     about = folder / "transformer" / "config.json"
     upstream = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else None
     config = cogvideox_folder.upstream_from(saved.run.model_config, upstream)
@@ -145,12 +145,11 @@ class _Saved(NamedTuple):
 def _open_saved(path: str | Path, weights: str) -> _Saved:
     if weights not in ("ema", "raw"):
         raise ValueError(f"--weights {weights}: for a run write ema (the averaged student) or raw (the last one)")
-    workdir = next((p for p in (Path(path), *Path(path).absolute().parents[:2]) if (p / "config.json").is_file()), path)
-    config = trained.read_config(workdir)
+    config = trained.read_config(path)
     if subspaces.is_subspace(config):
         raise ValueError(
             f"{path} is a run of task {subspaces.TASK}, which has no student: what it trained lies in "
-            f"{Path(workdir) / 'motion_head'}, for --config.teacher.motion_head"
+            f"{trained.workdir_of(path) / 'motion_head'}, for --config.teacher.motion_head"
         )
     folder = restore.find_checkpoint(path)
     source = "ema" if weights == "ema" else "trainable.model"
@@ -179,25 +178,34 @@ def _whole(saved: _Saved, dtype: str) -> Any:
     return lora.merge(base, saved.trained, run.task.lora.scale)
 
 
-def _published(config: Any, given: str | Path | None) -> Path:
-    """The whole published folder that a run names, or that was given; raises as `diffusers_folder.check`."""
-    start = config.get("init_from", {}).get("path")
-    candidates = [given] if given else [start, start and Path(start).parent, config.codec.weights]
-    problems = []
-    for candidate in filter(None, candidates):
+def _published(saved: _Saved, given: str | Path | None) -> Path:
+    """The whole published folder that a run names, or that was given, of parts that the run was trained with.
+
+    Raises as `diffusers_folder.check` and `_refuse_others_parts`.
+    """
+    config = saved.config
+    named = [path for path in (config.codec.weights, config.get("init_from", {}).get("path")) if path]
+    problems, contradictions = [], []
+    for candidate in [given] if given else [place for path in named for place in (path, Path(path).parent)]:
         try:
-            return diffusers_folder.check(candidate, "transformer", cogvideox_folder.CLASS)
+            folder = diffusers_folder.check(candidate, "transformer", cogvideox_folder.CLASS)
         except (ValueError, OSError) as error:
             problems.append(error)
-    if given:
-        raise problems[0]
+            continue
+        try:
+            _refuse_others_parts(saved, folder)
+            return folder
+        except ValueError as error:
+            contradictions.append(error)
+    if contradictions or given:
+        raise [*contradictions, *problems][0]
     first = str(problems[0]) if problems else "the run names no published folder, and the other parts are its"
     raise FileNotFoundError(f"{first}; or write --published FOLDER")
 
 
 def _refuse_others_parts(saved: _Saved, folder: Path) -> None:
-    """ValueError unless the folder's scheduler/ is the process that a student was trained for and its vae/ gives the
-    channels that it takes: the pipeline would draw noise, and say nothing."""
+    """ValueError unless the folder's scheduler/ is the process that a student was trained for and its vae/ the codec:
+    the pipeline would draw noise, or other colours, and say nothing."""
     if differ := published_lib.other_process(folder, saved.run.task.process):
         remedy = (
             "write --published FOLDER, a copy of it with the run's numbers in scheduler/scheduler_config.json"
@@ -205,12 +213,22 @@ def _refuse_others_parts(saved: _Saved, folder: Path) -> None:
             else "no folder of CogVideoXPipeline is of the run's; write --to torch"
         )
         raise ValueError(f"{folder}: its scheduler/ says {differ}: {remedy}")
-    given, taken = codecs.abstract("cogvideox_2b", folder).config.latent_channels, saved.run.model_config.in_channels
-    if given != taken:
+    if differ := _other_codec(saved, folder):
         raise ValueError(
-            f"{folder}: its vae/ gives {given} channels, but the run's student takes {taken}: write --published FOLDER "
-            "with the vae/ that it was trained with, or --to torch"
+            f"{folder}: its vae/ {differ}: write --published FOLDER with the vae/ that the run was trained with, or "
+            "--to torch"
         )
+
+
+def _other_codec(saved: _Saved, folder: Path) -> str:
+    """How a folder's vae/ and the codec of a run differ, in words with both; '' where they are one."""
+    weights = saved.config.codec.weights
+    if differ := published_lib.other_codec(folder, saved.run.frozen["codec"]):
+        return differ
+    if not weights or not Path(weights).is_dir():
+        return ""
+    there, here = (contents.weights_identity(published_lib.vae_weights(path)) for path in (folder, weights))
+    return "" if there == here else f"has other weights ({there}) than the run's codec.weights = {weights} ({here})"
 
 
 def _num_classes(folder: Path, source: str) -> int:

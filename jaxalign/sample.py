@@ -4,12 +4,12 @@ python -m jaxalign.sample --workdir runs/... [--count 16] [--labels 3,7]
 python -m jaxalign.sample --workdir runs/... --prompts FILE [--count 4] [--seed 0]
 python -m jaxalign.sample --folder CogVideoX-2b --prompt "a panda plays the guitar" --out videos
 
-The newest whole checkpoint of a run is taken, its averaged weights unless --weights raw. The same seed gives the same
-videos. Without prompts: an MP4 a clip, an MP4 grid of all and a PNG of film strips, in the place of those before, in
-WORKDIR/samples/step_STEP_WEIGHTS_seed_SEED (or --out). Prompts (--prompts FILE, one a line; --prompt TEXT, as often as
-you like): an MP4 for each of --count seeds of each prompt, and index.jsonl, in WORKDIR/samples/prompts (or --out); the
-same command goes on where it was stopped, and several processes share the list: --num_processes=N --process_id=K on
-each, or a launcher, as precompute.
+The newest whole checkpoint of a run is taken, or that of --workdir RUN/checkpoints/STEP; its averaged weights unless
+--weights raw. The same seed gives the same videos. Without prompts: an MP4 a clip, and of the first 64 a GIF grid and a
+PNG of film strips, in WORKDIR/samples/step_STEP_WEIGHTS_seed_SEED (or --out). Prompts (--prompts FILE, one a line;
+--prompt TEXT, as often as you like): an MP4 for each of --count seeds of each prompt, in WORKDIR/samples/prompts (or
+--out); several processes share the list: --num_processes=N --process_id=K on each, or a launcher, as precompute. Every
+video has its name, and a line in index.jsonl, as soon as it is drawn; the same command goes on where it was stopped.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from absl import flags
 
 from jaxalign import precompute
 from jaxalign.training import config as config_lib
-from jaxalign.training import processes, prompted, prompts, setup, showing
+from jaxalign.training import drawn, processes, prompted, prompts, setup, showing
 from jaxalign.training.data_settings import classes_of
 from jaxalign.training.restore import find_checkpoint
-from jaxalign.training.trained import open_run, read_config
+from jaxalign.training.trained import open_run, read_config, workdir_of
 
 
 def draw(
@@ -37,25 +37,51 @@ def draw(
     labels: Sequence[str] = (),
     **settings,
 ) -> list[Path]:
-    """Sample `count` videos of a run and return the files written, the grid first.
+    """Sample `count` videos of a run, or of one of its checkpoints, and return the files, the sheet's first.
 
     `labels` are classes by name or number, taken in turn (none: all classes in turn). `settings` override the run's
-    own: sampler, steps, guidance_scale, fps. Raises ValueError or FileNotFoundError, one line, for what does not fit.
+    own: sampler, steps, guidance_scale, fps. What `out` has of them is not drawn again; of more than `count` none
+    stays. Raises ValueError or FileNotFoundError, one line, for what does not fit.
     """
-    workdir = Path(workdir)
-    read_config(workdir)  # of a folder that is no workdir it says so
+    home = workdir_of(workdir)
     checkpoint = find_checkpoint(workdir)
     # No teacher is loaded: sampling asks none.
     unaligned = {"align": {"method": "none"}}
-    config, run, trainable = open_run(workdir, weights=weights, checkpoint=checkpoint, overrides=unaligned)
+    config, run, trainable = open_run(home, weights=weights, checkpoint=checkpoint, overrides=unaligned)
     fps = settings.pop("fps", config.sample.fps)  # may be a fraction, which the config's field cannot
     config.sample.update(count=count, seed=seed, **settings)
-    numbers = class_numbers(labels, config, run) if labels else None
-    name = f"step_{int(checkpoint.name):06d}_{weights}_seed_{seed}"
-    out = Path(out) if out else workdir / "samples" / name
+    classes = class_numbers(labels, config, run) if labels else None
+    sampler = showing.Sampler(run, config, labels=classes)
+    out = Path(out) if out else home / "samples" / f"step_{int(checkpoint.name):06d}_{weights}_seed_{seed}"
+    settings = {name: config.sample[name] for name in (*showing.SAMPLING, "steps")} | {"fps": fps}
+    same = dict(seed=seed, at_once=at_once, **drawn.of_checkpoint(checkpoint, weights), **settings)
+    told = [None] * count if sampler.told is None else sampler.told.tolist()
+    files = [out / f"{k:04d}.mp4" for k in range(count)]
+    rows = {path.name: dict(file=path.name, label=label, **same) for path, label in zip(files, told, strict=True)}
+    missing = drawn.missing(out, rows)
     print(f"sampling {count} videos with the {'averaged (EMA)' if weights == 'ema' else 'raw'} weights into {out}")
-    videos = showing.Sampler(run, config, labels=numbers)(trainable["model"], run.frozen, at_once=at_once)
-    return showing.write_samples(out, "all", videos, fps, single=True)
+    if len(missing) < count:
+        print(f"{count - len(missing)} of {count} videos are there already")
+    _remove_others(out, files)
+    wanted = {k for k, path in enumerate(files) if path.name in missing}
+    for numbers, clips in sampler.batches(trainable["model"], run.frozen, at_once=at_once, wanted=wanted):
+        for k, clip in zip(numbers, clips, strict=True):
+            if k in wanted:
+                showing.write_clip(files[k], clip, fps)
+                drawn.append(drawn.index(out), rows[files[k].name])
+    return [*showing.write_sheet(out, "all", files, fps), *files]
+
+
+def _remove_others(out: Path, files: Sequence[Path]) -> None:
+    """Of an earlier call's videos those that are not among `files`; whatever else the folder holds stays."""
+    known, sheet = drawn.known(out), out / "all.mp4"
+    before = sheet.is_file() and sheet.with_suffix(".png").is_file()  # written when there was no index yet
+    for path in set(out.glob("*.mp4")) - set(files):
+        numbered = path.stem.isdecimal() and f"{int(path.stem):04d}" == path.stem
+        if numbered and (before or path.name in known):
+            path.unlink()
+    if before:
+        sheet.unlink()
 
 
 def class_numbers(labels: Sequence[str], config, run) -> list[int]:
@@ -127,7 +153,8 @@ def sample(given: flags.FlagValues, share: tuple[int, int]) -> int:
         precision = given.precision or ("fp32" if jax.default_backend() == "cpu" else "bf16")
         size = {name: given[name].value for name in ("num_frames", "height", "width")}
         subject = prompted.of_folder(given.folder, dtype=setup.DTYPES[precision], tiling=given.tiling, **size)
-    out = Path(given.out) if given.out else Path(given.workdir or "runs/prompts") / "samples" / "prompts"
+    home = "runs/prompts" if given.workdir is None else workdir_of(given.workdir)
+    out = Path(given.out) if given.out else Path(home) / "samples" / "prompts"
     options = dict(count=given.count or 1, seed=given.seed, at_once=given.at_once, share=share)
     paths = draw_prompts(subject, words, out, **options, **changes)
     print("\n".join([str(path) for path in paths if path.is_file()][:8]))
@@ -135,7 +162,7 @@ def sample(given: flags.FlagValues, share: tuple[int, int]) -> int:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "The run to sample from.")
+    flags.DEFINE_string("workdir", None, "The run to sample from, or one checkpoint of it: RUN/checkpoints/STEP.")
     flags.DEFINE_string(
         "folder", None, "Or the published folder (model_index.json, transformer/, vae/, text_encoder/ …)."
     )

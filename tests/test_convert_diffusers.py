@@ -200,10 +200,36 @@ def test_other_parts_that_contradict_the_training_are_refused(full, published, t
     config = config_lib.resolve(convert.trained.read_config(place))
     assert init_from.note(config, run) == ""
 
+    def taken(place, given=None):
+        return convert._published(convert._open_saved(place, "ema"), given)
+
     wide = tmp_path / "wide"
     shutil.copytree(published, wide)
     about = json.loads((wide / "vae" / "config.json").read_text())
-    (wide / "vae" / "config.json").write_text(json.dumps(about | dict(latent_channels=8)))
-    with pytest.raises(ValueError, match=r"its vae/ gives 8 channels, but the run's student takes 4"):
-        convert.student_to_diffusers(place, tmp_path / "x", published=wide)
+    for field, value, said in (
+        ("latent_channels", 8, r"latent_channels = 8 (the run's is 4)"),
+        ("scaling_factor", 1.15258426, "scale = 1.15258426 (the run's is 0.7)"),
+    ):
+        (wide / "vae" / "config.json").write_text(json.dumps(about | {field: value}))
+        with pytest.raises(ValueError, match=rf"wide: its vae/ says {re.escape(said)}: write --published FOLDER with"):
+            convert.student_to_diffusers(place, tmp_path / "x", published=wide)
     assert not (tmp_path / "x").exists()
+
+    # Of the folders that a run names the one is taken that has what it was trained with.
+    config = json.loads((place / "config.json").read_text())
+    start, only = config["init_from"] | dict(path=str(wide)), config["codec"] | dict(weights=str(published / "vae"))
+    text = config["text"] | dict(weights=str(published))
+    for name, fields in dict(
+        other_start=dict(init_from=start), part=dict(init_from=start, codec=only, text=text)
+    ).items():
+        assert taken(changed(name, **fields)) == published
+
+    # How it is tiled, and how config.json is written, change no latent; other numbers do.
+    (wide / "vae" / "config.json").write_text(json.dumps(about | dict(sample_height=64, sample_width=64)))
+    assert taken(place, wide) == wide
+    (weights,) = (wide / "vae").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(
+        ValueError, match=r"wide: its vae/ has other weights \(.* than the run's codec.weights = /.*with"
+    ):
+        taken(place, wide)

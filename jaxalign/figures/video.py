@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from jaxalign.interop import sealed
+
 BORDER = 2  # pixels between the clips of a grid
 PAPER = 255  # their colour
 
@@ -22,7 +24,7 @@ def _whole_file(path: str | Path) -> Iterator[Path]:
     """A temporary name to write to, which becomes `path` at the end: nobody ever sees half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = sealed.unfinished(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -124,3 +126,9 @@ def write_mp4(path: str | Path, video: UInt8[np.ndarray, "t h w 3"], fps: float 
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return Path(path)
+
+
+def read_mp4(path: str | Path) -> UInt8[np.ndarray, "t h w 3"]:
+    """Every frame of a file that was written here."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

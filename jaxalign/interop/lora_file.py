@@ -7,12 +7,16 @@
 For CogVideoX diffusers takes alpha from that entry of the header and from nothing else: it hands it to peft's
 LoraConfig (0.42.1: loaders/peft.py load_lora_adapter, utils/peft_utils.py _create_lora_config) and refuses `.alpha`
 keys. A reader that does not know the entry takes alpha = rank, that is scale 1.
+
+kohya's scripts, and CogVideoX-Fun after them, write a site in one word and alpha as a tensor:
+
+    lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight, .lora_up.weight, .alpha
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +32,7 @@ PREFIX = "transformer"
 METADATA = "lora_adapter_metadata"
 _PEFT = "adapter_model.safetensors", "adapter_config.json"
 _PREFIXES = r"^(transformer|diffusion_model|base_model\.model|module)\."
+_FLAT = re.compile(r"^lora_(unet|transformer|te\d?)_+([^.]+)\.")  # a site in one word; te: of the text encoder
 _WORDS = {"lora_down": "lora_A", "lora.down": "lora_A", "lora_up": "lora_B", "lora.up": "lora_B"}
 
 
@@ -44,7 +49,7 @@ def write(
 ) -> Path:
     """Adapters as one file; `rules` are their network's. Raises as `safetensors_file.write`."""
     arrays = mapping.state_dict(dict(adapters), _stacks(rules), dtype=dtype)
-    modules = sorted({name.split(".lora_")[0] for name in arrays})
+    modules = _sites(arrays)
     about = {"r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "target_modules": modules}
     notes = {METADATA: json.dumps({f"{PREFIX}.{name}": value for name, value in about.items()}, sort_keys=True)}
     safetensors_file.write(path, {f"{PREFIX}.{name}": array for name, array in arrays.items()}, notes=notes)
@@ -59,7 +64,7 @@ def load(
     `path`: the file, or a folder that diffusers or peft saved; `sharding` as in `mapping.load_state_dict`. Raises
     ValueError, with the settings to write, for another rank, alpha, network or other sites; FileNotFoundError.
     """
-    found = read(path)
+    found = read(path, _sites(mapping.upstream_shapes(dict(adapters), _stacks(rules))))
     rank = next(iter(adapters.values()))["lora_A"]["kernel"].shape[-1]
     if found.rank != rank or not math.isclose(found.alpha, alpha, rel_tol=1e-5):  # six digits, as they are printed
         raise ValueError(
@@ -69,13 +74,14 @@ def load(
     try:
         return mapping.load_state_dict(dict(adapters), found.arrays, _stacks(rules), sharding=sharding)
     except ValueError as error:
-        sites = sorted({re.sub(r"\.\d+\.", ".*.", name.split(".lora_")[0]) for name in found.arrays})
+        sites = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in _sites(found.arrays)})
         raise ValueError(f"{path}: {error}; it is of {', '.join(sites[:6])}: write config.lora.sites so") from None
 
 
-def read(path: str | Path) -> File:
-    """Whatever peft, diffusers or kohya's scripts saved. Raises ValueError for what is not plain LoRA of one scale."""
-    path = Path(path)
+def read(path: str | Path, sites: Sequence[str] = ()) -> File:
+    """Whatever peft or diffusers saved, and what kohya's scripts did of these `sites`, by upstream's names: one word
+    does not say where its dots were. Raises ValueError for what is not plain LoRA of one scale."""
+    path, flat = Path(path), {site.replace(".", "_"): site for site in sites}
     if path.is_dir():
         path = next((path / name for name in (NAME, _PEFT[0]) if (path / name).is_file()), path)
     arrays = open_weights(path)
@@ -83,6 +89,14 @@ def read(path: str | Path) -> File:
     weights, alphas = {}, set()
     for name in arrays:
         short = re.sub(_PREFIXES, "", name)
+        if word := _FLAT.match(short):
+            if word[2] not in flat:
+                asked = ", ".join([*flat][:4]) + (", ..." if len(flat) > 4 else "")
+                raise ValueError(
+                    f"{path}: {name!r} is of no site that is asked ({asked}): write config.lora.sites as the file has "
+                    "them; adapters of a text encoder are not read"
+                )
+            short = f"{flat[word[2]]}.{short[word.end() :]}"
         for theirs, ours in _WORDS.items():
             short = short.replace(theirs, ours)
         short = re.sub(r"(\.lora_[AB])\.[^.]+\.weight$", r"\1.weight", short)  # peft's name of the adapter
@@ -111,6 +125,11 @@ def _about(path: Path) -> dict[str, Any]:
     if not found and (path.parent / _PEFT[1]).is_file():
         found = json.loads((path.parent / _PEFT[1]).read_text(encoding="utf-8"))
     return {name.removeprefix(PREFIX + "."): value for name, value in found.items()}
+
+
+def _sites(names: Iterable[str]) -> list[str]:
+    """The sites of adapters by the names of their weights."""
+    return sorted({name.split(".lora_")[0] for name in names})
 
 
 def _stacks(rules: Sequence[Rule]) -> list[Rule]:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxalign.interop import sealed
 from jaxalign.interop.arrays import LazyArrays, map_file
 from jaxalign.interop.dtypes import SAFETENSORS
 
@@ -126,7 +127,7 @@ def write_stream(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = sealed.unfinished(path)
     try:
         with open(temporary, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)

@@ -8,7 +8,6 @@ devices or processes there are. Processes share the list out among themselves an
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,10 @@ from jaxtyping import Array, Float
 
 from jaxalign import codecs
 from jaxalign.figures import video as video_files
-from jaxalign.interop import sealed
 from jaxalign.tasks.aligning import cast
 from jaxalign.tasks.denoising import DenoisingTask
 from jaxalign.training import config as config_lib
-from jaxalign.training import contents, processes, setup, trained
+from jaxalign.training import contents, drawn, processes, setup, trained
 from jaxalign.training import prompts as prompts_lib
 from jaxalign.training import published as published_lib
 from jaxalign.training.mesh import batch_sharding, make_mesh, replicate, replicated
@@ -35,7 +33,6 @@ from jaxalign.training.showing import SAMPLING, to_uint8
 
 ENCODED_AT_ONCE = 8
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")  # of a published folder: what a video is of
-_ANOTHER = "give another --out"
 
 
 class Subject(NamedTuple):
@@ -60,7 +57,8 @@ class Asked(NamedTuple):
 
 
 def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
-    """The newest whole checkpoint of a run whose student is told by text. Raises as `trained.open_run`."""
+    """A checkpoint (`workdir` itself, or its newest whole one) of a run that is told by text. Raises as
+    `trained.open_run`."""
     config = trained.read_config(workdir)
     unaligned = {"align": {"method": "none"}}  # no teacher is loaded, for nobody asks it
     config.update(unaligned)
@@ -82,9 +80,8 @@ def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
 
     s = config.sample
     settings = {name: s[name] for name in SAMPLING} | {"steps": s.steps, "fps": s.fps}
-    name = f"{weights} of {Path(workdir).resolve()}, step {checkpoint.name}"
-    about = {"checkpoint": sealed.identity(checkpoint)}  # trained again, the same step is another
-    return Subject(name, about, task, run.latent_shape, 0, embed, load, settings)
+    about = drawn.of_checkpoint(checkpoint, weights)
+    return Subject(about.pop("of"), about, task, run.latent_shape, 0, embed, load, settings)
 
 
 def of_folder(path: str | Path, **size: Any) -> Subject:
@@ -147,7 +144,7 @@ def draw(
     rows = {a.file: dict(file=a.file, prompt=a.prompt, seed=a.seed, **of, **settings) for a in asked}
     processes.check_agreement({"what is drawn": hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]})
     processes.check_shared(out)
-    missing = _not_there(out, rows)
+    missing = drawn.missing(out, rows)
     # By place in the whole list: another process may look at the folder later, when more is there.
     mine = [a for k, a in enumerate(asked) if k % count == this and a.file in missing]
     if len(missing) < len(rows):
@@ -156,13 +153,13 @@ def draw(
         fps = settings.pop("fps")
         for number, (a, clip) in enumerate(videos(subject, mine, at_once=at_once, say=say, **settings), 1):
             video_files.write_mp4(out / a.file, to_uint8(clip), fps)  # under a temporary name until it is whole
-            _append(_index(out, share), rows[a.file])
+            drawn.append(drawn.index(out, share), rows[a.file])
             say(f"{number}/{len(mine)}  {out / a.file}")
-    if jax.process_count() > 1 and _not_there(out, rows):
+    if jax.process_count() > 1 and drawn.missing(out, rows):
         say("waiting for the other processes")
-    while jax.process_count() > 1 and _not_there(out, rows):
+    while jax.process_count() > 1 and drawn.missing(out, rows):
         time.sleep(1)  # leaving early would end the others: jax.distributed is shut down together
-    if count > 1 and (theirs := _not_there(out, rows)):
+    if count > 1 and (theirs := drawn.missing(out, rows)):
         say(f"{len(rows) - len(theirs)} of {len(rows)} videos are there; the others are other processes'")
     return [out / a.file for a in asked]
 
@@ -229,51 +226,3 @@ def _encoded(encoder, ids: np.ndarray, dtype) -> np.ndarray:
 def _slug(prompt: str) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}".lstrip("-")
-
-
-def _index(out: Path, share: tuple[int, int]) -> Path:
-    """This process's index; one file a process, for a shared folder need not append from two machines in order."""
-    several = f"-{share[0]:05d}-of-{share[1]:05d}" if share[1] > 1 else ""
-    return out / f"index{several}.jsonl"
-
-
-def _append(index: Path, row: dict[str, Any]) -> None:
-    """A line at the end of an index; the half one of a process that was killed, or whose disk was full, ends first."""
-    with open(index, "a+b") as file:
-        torn = b""
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            torn = b"" if file.read() == b"\n" else b"\n"
-        file.write(torn + json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _not_there(out: Path, rows: dict[str, dict[str, Any]]) -> set[str]:
-    """The files that are still to be drawn: those that are not there, or that no line of the index vouches for."""
-    known = {}
-    for path in sorted(out.glob("index*.jsonl"), key=lambda path: path.stat().st_mtime_ns):  # the last word counts
-        for line in path.read_bytes().split(b"\n"):  # a torn line may end inside of a character
-            try:
-                row = json.loads(line)
-                known[row["file"]] = row
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a process that was killed
-    missing = set()
-    for file, row in rows.items():
-        if not (out / file).is_file() or file not in known:
-            missing.add(file)
-            continue
-        here, there = json.loads(json.dumps(row)), known[file]
-        different = [k for k in here | there if k not in here or k not in there or here[k] != there[k]]
-        if "checkpoint" not in there:  # of a run before that was written down: its step has to do
-            different = [k for k in different if k != "checkpoint"]
-        if not different:
-            continue
-        name = different[0]
-        if name in here and name in there:
-            raise ValueError(f"{out / file} was drawn with {name} = {there[name]!r}, not {here[name]!r}: {_ANOTHER}")
-        if name in there:
-            raise ValueError(f"{out / file} was drawn with {name} = {there[name]!r}, which is not asked: {_ANOTHER}")
-        raise ValueError(f"{out / file} was drawn by a version that did not write down its {name}: {_ANOTHER}")
-    return missing

@@ -31,6 +31,9 @@ _SAME = dict(
     trained_betas=(None, None),
 )
 
+VAE = ("AutoencoderKLCogVideoX",)
+_HOW = ("tiling", "tile", "overlap", "remat")  # of a codec's config: how it computes, not which latents
+
 
 class Process(NamedTuple):
     """What scheduler_config.json says."""
@@ -89,6 +92,23 @@ def other_process(path: str | Path, process: Any) -> str:
         return f"objective = 'v' (the run's is {objective!r})"
     both = [(f.name, getattr(theirs, f.name), getattr(process, f.name)) for f in dataclasses.fields(VPrediction)]
     return ", ".join(f"{name} = {there!r} (the run's is {here!r})" for name, there, here in both if there != here)
+
+
+def other_codec(path: str | Path, codec: Any) -> str:
+    """How a folder's vae/ and the codec of a run, by what their configs say, differ, in words with both; '' where they
+    do not. Raises as `codecs.abstract`."""
+    theirs, ours = codecs.abstract("cogvideox_2b", path).config, getattr(codec, "config", None)
+    if type(ours) is not type(theirs):
+        return f"is {VAE[0]} (the run's codec is {type(codec).__name__})"
+    names = [field.name for field in dataclasses.fields(theirs) if field.name not in _HOW]
+    both = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
+    differ = ", ".join(f"{name} = {there!r} (the run's is {here!r})" for name, there, here in both if there != here)
+    return differ and f"says {differ}"
+
+
+def vae_weights(path: str | Path) -> Path:
+    """The file of a folder's vae/ that is read, or the index of its shards. Raises as `folder.read`."""
+    return Path(parts.read(path, "vae", VAE)[1].source)
 
 
 def describe(

@@ -1,5 +1,7 @@
 """What a run shows of itself: sampled videos, and where its tokens find a point again."""
 
+import math
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -18,6 +20,8 @@ from jaxalign.training.subspaces import panels
 FIGURE_FRACTION = 0.25  # the share of noise under which the student is asked; the teacher sees the clean clip
 QUERIES = 4
 SAMPLING = ("sampler", "steps", "guidance_scale", "dynamic_guidance")  # static under jit
+LEAST = 128  # pixels of the shorter side of what is looked at
+SHEET, SHEET_SIDE = 64, 1024  # clips that a sheet shows at most, and the pixels that its rows are kept to
 
 
 class Sampler:
@@ -41,16 +45,23 @@ class Sampler:
 
     def __call__(self, model, frozen, *, at_once: int = 4) -> np.ndarray:
         """uint8 [count, t, h, w, 3]. `at_once` bounds the memory; if the sampler draws noise it is part of the seed."""
+        return np.concatenate([videos for _, videos in self.batches(model, frozen, at_once=at_once)])
+
+    def batches(
+        self, model, frozen, *, at_once: int = 4, wanted: Collection[int] | None = None
+    ) -> Iterator[tuple[range, np.ndarray]]:
+        """(numbers of its videos, uint8 [n, t, h, w, 3]) of each batch with one of the numbers `wanted` (None: all)."""
         s = self.settings
         options = {name: s[name] for name in SAMPLING}
-        videos = []
         for first in range(0, s.count, at_once):
+            numbers = range(first, min(first + at_once, s.count))
+            if wanted is not None and not any(k in wanted for k in numbers):
+                continue
             rows = np.arange(first, first + at_once) % s.count  # full batches only: one compilation
             noise = fixed_noise(self.run, first, at_once, s.seed)
             told = None if self.told is None else self.told[rows]
             key = jax.random.fold_in(jax.random.key(s.seed), first)
-            videos.append(to_uint8(self.sample(model, frozen, noise, told, key, **options)))
-        return np.concatenate(videos)[: s.count]
+            yield numbers, to_uint8(self.sample(model, frozen, noise, told, key, **options))[: len(numbers)]
 
 
 def to_uint8(videos) -> np.ndarray:
@@ -58,21 +69,36 @@ def to_uint8(videos) -> np.ndarray:
     return fetch(jnp.round((videos + 1.0) * 127.5).astype(jnp.uint8))
 
 
-def write_samples(folder: Path, name: str, videos: np.ndarray, fps: float | int, *, single: bool = False) -> list[Path]:
-    """The clips as an MP4 grid and a PNG of film strips, large enough to look at; `single`: and an MP4 each, in the
-    place of those of an earlier call, of which none stays."""
-    videos = video.enlarge(videos, 128)
-    earlier = folder.glob("*.mp4") if single and (folder / f"{name}.mp4").is_file() else ()
-    for path in earlier:
-        if path.stem.isdigit() and f"{int(path.stem):04d}" == path.stem and int(path.stem) >= len(videos):
-            path.unlink()
-    paths = [
+def write_clip(path: Path, clip: np.ndarray, fps: float | int) -> Path:
+    """One clip as an MP4 large enough to look at."""
+    return video.write_mp4(path, video.enlarge(clip, LEAST), fps)
+
+
+def write_samples(folder: Path, name: str, videos: np.ndarray, fps: float | int) -> list[Path]:
+    """The clips as an MP4 grid and a PNG of film strips, large enough to look at."""
+    videos = video.enlarge(videos, LEAST)
+    return [
         video.write_mp4(folder / f"{name}.mp4", video.grid(videos), fps),
         video.write_png(folder / f"{name}.png", video.film_strips(videos)),
     ]
-    if single:
-        paths += [video.write_mp4(folder / f"{k:04d}.mp4", clip, fps) for k, clip in enumerate(videos)]
-    return paths
+
+
+def write_sheet(folder: Path, name: str, files: Sequence[Path], fps: float | int) -> list[Path]:
+    """The first clips of some MP4 files of one size as an animated grid and film strips, small where they are many.
+
+    A GIF, and no MP4: it lies beside the clips, and who reads the folder as videos shall not meet it among them.
+    """
+    files = files[:SHEET]
+    columns = math.ceil(math.sqrt(len(files)))  # as `video.grid` places them
+    clips = []
+    for path in files:
+        clip = video.read_mp4(path)
+        nth = math.ceil(columns * clip.shape[2] / SHEET_SIDE)
+        clips.append(clip[:, ::nth, ::nth])
+    return [
+        video.write_gif(folder / f"{name}.gif", video.grid(np.stack(clips)), fps),
+        video.write_png(folder / f"{name}.png", video.film_strips(np.stack(clips))),
+    ]
 
 
 class Correspondence:
@@ -112,7 +138,7 @@ class Correspondence:
         shown = " + ".join(a.teachers) or f"the student's own block {a.teacher_depth}"
         panels = {f"teacher ({shown})": target, "student, step 0": self.initial, f"student, step {step}": student}
         panels = {title: tokens for title, tokens in panels.items() if tokens is not None}
-        clip = video.enlarge(self.batch["video"][0], 128)
+        clip = video.enlarge(self.batch["video"][0], LEAST)
         queries = correspondence.moving_queries(clip, a.grid, QUERIES)
         return correspondence.correspondence_figure(clip, panels, queries, a.settings.temperature, path)
 
@@ -130,4 +156,4 @@ class PredictedFlow:
         """The figure of step `step`, which its title names, written as PNG to `path` too (None: not)."""
         rows = {name: fetch(flow) for name, flow in self.ask(trainable["model"]).items()}
         title = "" if step is None else f"step {step}"
-        return flow_figure(video.enlarge(self.batch["video"][0], 128), rows, path, title=title)
+        return flow_figure(video.enlarge(self.batch["video"][0], LEAST), rows, path, title=title)

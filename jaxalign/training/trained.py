@@ -23,11 +23,27 @@ class Trained(NamedTuple):
     trainable: dict
 
 
+def workdir_of(path: str | Path) -> Path:
+    """The run's folder for a workdir (as it is given) or for one of its checkpoints, RUN/checkpoints/STEP.
+
+    FileNotFoundError for a folder that is neither.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    step = path.absolute()
+    for checkpoints in (step, step.parent):
+        if checkpoints.name == "checkpoints" and (checkpoints.parent / "config.json").is_file():
+            return checkpoints.parent
+    raise FileNotFoundError(
+        f"{path} is no workdir: it has no config.json; give the folder of a run, or of one of its checkpoints "
+        "(RUN/checkpoints/STEP)"
+    )
+
+
 def read_config(workdir: str | Path) -> ml_collections.ConfigDict:
-    """The config that a workdir was made with; FileNotFoundError for a folder that is none."""
-    path = Path(workdir) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{workdir} is no workdir: it has no config.json; give the folder of a run")
+    """The config that a workdir, or that of a checkpoint, was made with; raises as `workdir_of`."""
+    path = workdir_of(workdir) / "config.json"
     return ml_collections.ConfigDict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -40,8 +56,8 @@ def open_run(
     with_text: bool = True,
     task: str = "denoising",
 ) -> Trained:
-    """A `checkpoint` of a workdir (its folder; None: the newest whole one); `weights` is 'ema' (the average of the
-    student) or 'raw' (the last).
+    """A `checkpoint` of a run (its folder; None: `workdir` itself if it is one, or the newest whole one of a workdir);
+    `weights` is 'ema' (the average of the student) or 'raw' (the last).
 
     `overrides` are sections of the config, e.g. the alignment and teacher of another run: the student is then looked
     at through that alignment and has no head of its own. Their fields take the place of the run's, each as a whole.

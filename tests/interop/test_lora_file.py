@@ -82,7 +82,7 @@ def test_diffusers_loads_it_and_saves_the_same(tiny, tmp_path):
     assert same(lora_file.load(tmp_path / "again", abstract, RULES, alpha=10), adapters)
 
 
-@pytest.mark.parametrize("style", ["peft", "kohya", "no alpha"])
+@pytest.mark.parametrize("style", ["peft", "kohya", "flat", "no alpha"])
 def test_files_of_others(tiny, tmp_path, style):
     _, adapters = tiny
     plain = mapping.state_dict(adapters, RULES)
@@ -93,19 +93,24 @@ def test_files_of_others(tiny, tmp_path, style):
         (tmp_path / "adapter_config.json").write_text(json.dumps(about))
         path, given = tmp_path / "adapter_model.safetensors", tmp_path
     else:
-        words = {"lora_A": "lora_down", "lora_B": "lora_up"} if style == "kohya" else {"lora_A": "lora_A.default"}
+        kohya = style in ("kohya", "flat")
+        words = {"lora_A": "lora_down", "lora_B": "lora_up"} if kohya else {"lora_A": "lora_A.default"}
         tensors = {}
         for name, value in plain.items():
             for ours, other in words.items():
                 name = name.replace(ours, other)
-            tensors[f"transformer.{name}"] = value
+            site, _, rest = name.partition(".lora_")
+            tensors[f"lora_unet_{site.replace('.', '_')}.lora_{rest}" if style == "flat" else f"transformer.{name}"] = (
+                value
+            )
         path = given = tmp_path / "some.safetensors"
-        alpha = alpha if style == "kohya" else 4.0
-    if style == "kohya":
+        alpha = alpha if kohya else 4.0
+    if style in ("kohya", "flat"):
         downs = [name for name in tensors if "lora_down" in name]
         tensors |= {name.replace("lora_down.weight", "alpha"): np.asarray(alpha, np.float32) for name in downs}
     safetensors_file.write(path, tensors)
-    assert lora_file.read(given).alpha == alpha
+    sites = sorted({name.partition(".lora_")[0] for name in plain})
+    assert lora_file.read(given, sites).alpha == alpha
     assert same(lora_file.load(given, jax.eval_shape(lambda: adapters), RULES, alpha=alpha), adapters)
 
 
@@ -133,6 +138,13 @@ def test_what_does_not_fit_is_said(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"it is of transformer_blocks.\*.attn1.to_k, .*: write config.lora.sites so"):
         lora_file.load(path, fewer, RULES, alpha=10.0)
     plain = mapping.state_dict(adapters, RULES)
+    for site in ("unet_transformer_blocks_0_ff_net_2", "te_encoder_block_0_layer_0_SelfAttention_q"):
+        safetensors_file.write(tmp_path / "flat.safetensors", {f"lora_{site}.lora_down.weight": np.ones((4, 3))})
+        said = (
+            rf"'lora_{site}.lora_down.weight' is of no site that is asked \(transformer_blocks_0_attn1_to_k, .*sites as"
+        )
+        with pytest.raises(ValueError, match=said):
+            lora_file.load(tmp_path / "flat.safetensors", adapters, RULES, alpha=10.0)
     for tensors, message in (
         ({"transformer.blocks.0.dora_scale": np.ones(2)}, "is no plain LoRA weight"),
         (plain | {"a.lora_A.weight": np.ones((2, 3))}, r"ranks \[2, 4\]; only plain LoRA of one rank"),

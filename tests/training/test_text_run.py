@@ -25,6 +25,7 @@ from jaxalign.training import loop, prepare, prompted, prompts, setup
 from jaxalign.training.checkpoint import Checkpoints
 from jaxalign.training.data_settings import task_parts
 from jaxalign.training.makers import Options
+from jaxalign.training.restore import find_checkpoint
 
 SMALL = dict(
     model=dict(name="cogvideox"),
@@ -155,7 +156,8 @@ def test_sampling_a_run_goes_on_where_it_stopped(workdir, tmp_path, capsys):
         lines = file.read().splitlines()
     (tmp_path / "index.jsonl").write_text("\n".join(lines[1:]) + '\n{"file": "half a li')  # killed while it wrote
     capsys.readouterr()
-    again = sample.draw_prompts(prompted.of_run(workdir), ["a cat", "a dog"], tmp_path, count=2, at_once=1)
+    named = prompted.of_run(workdir / "checkpoints" / find_checkpoint(workdir).name)  # its step, should it train on
+    again = sample.draw_prompts(named, ["a cat", "a dog"], tmp_path, count=2, at_once=1)
     assert "2 of 4 videos are in" in capsys.readouterr().out
     assert again == paths and {path: path.read_bytes() for path in paths} == kept  # alone as in company
 
