@@ -177,9 +177,14 @@ class Index:
         """Raises ValueError when the folder holds another sweep, or a point's workdir another run."""
         self.path = root / "sweep.json"
         free = config_lib.NOT_IDENTITY
-        fixed = {k: v for k, v in common.items() if not any((k + ".").startswith(f"{name}.") for name in free)}
-        head = {"grid": sorted(grid), "common": fixed}
+
+        def fixed(fields: dict[str, str]) -> dict[str, str]:
+            return {k: v for k, v in fields.items() if not any((k + ".").startswith(f"{name}.") for name in free)}
+
+        head = {"grid": sorted(grid), "common": fixed(common)}
         stored = read_json(self.path)
+        if "common" in stored:
+            stored["common"] = fixed(stored["common"])
         for key, value in head.items():
             if stored.get(key, value) != value:
                 raise ValueError(

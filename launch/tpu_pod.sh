@@ -5,8 +5,8 @@
 #       --config.data.source=/mnt/shared/clips --config.codec.weights=/mnt/shared/vae
 #
 # Every worker needs this checkout at REPO with `pip install -e '.[demo,tpu]'` (the teacher's weights come with `demo`),
-# and a workdir that all see (Filestore, or a bucket mounted by gcsfuse). SETUP=1 makes the checkout and
-# installs it first, from URL.
+# and a workdir that all see: Filestore, or a bucket mounted by gcsfuse with --implicit-dirs --rename-dir-limit=200000
+# (a checkpoint is finished by renaming a full folder). SETUP=1 makes the checkout and installs it first, from URL.
 # Settings, by environment: NAME, ZONE, PROJECT (default: gcloud's), REPO (default ~/jaxalign), PYTHON, RESTARTS.
 set -euo pipefail
 

@@ -42,19 +42,29 @@ class Restored(NamedTuple):
 
 
 def check_writable(directory: str | Path) -> Path:
-    """Make `directory` and try a write in it, so that a run fails at its start and not at its first save.
+    """Make `directory` and try there what a save does, so that a run fails at its start and not at its first save.
 
-    Raises OSError that says which folder and why.
+    Orbax ends a save by renaming a full folder, which a bucket's disk may refuse that takes files.
+    Raises OSError that says which folder, why and what to do.
     """
     directory = Path(directory)
-    probe = directory / f".write_test.{socket.gethostname()}.{os.getpid()}"  # other processes try the same
+    probe = directory / f".write_test.{socket.gethostname()}.{os.urandom(4).hex()}"  # other processes try the same
+    renamed = probe.with_name(f"{probe.name}.renamed")
+    failed, remedy = "write to", "use another folder"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        probe.mkdir()
+        (probe / "file").write_bytes(b"x" * 4096)
+        failed = "rename a folder in"
+        remedy = "mount a bucket with rename-dir-limit=200000, give it a hierarchical namespace, or use another folder"
+        probe.rename(renamed)
+        failed, remedy = "delete in", "use another folder"
+        shutil.rmtree(renamed)
     except OSError as error:
+        for left in (probe, renamed):
+            shutil.rmtree(left, ignore_errors=True)
         reason = error.strerror or str(error)
-        raise type(error)(error.errno, f"cannot write to {directory}: {reason}; use another folder") from None
+        raise type(error)(error.errno, f"cannot {failed} {directory}: {reason}; {remedy}") from None
     return directory
 
 

@@ -3,6 +3,7 @@
 import difflib
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -15,9 +16,17 @@ import ml_collections
 from absl import app, flags, logging
 
 from jaxalign.alignment import methods
+from jaxalign.models.attention import IMPLEMENTATIONS
 
+# How the same thing is computed, and what a NaN means: what a run that ran out of memory, or into a NaN, must be able
+# to change. The names of workdirs were made with them.
+_HOW = {
+    "remat": (False, True),
+    "attention": ("auto", *IMPLEMENTATIONS),
+    "on_nonfinite": ("stop", "skip"),
+}
 # What may change when a workdir is resumed: how long, how often, on which machines; never what is computed.
-NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every", "mesh", "data.workers")
+NOT_IDENTITY = ("steps", "checkpoint", "log_every", "sample_every", "eval_every", "mesh", "data.workers", *_HOW)
 
 # Fields that older runs lack, and what they were.
 _LATER = {"data.split": 1, "data.frame_rate": 25.0, "motion.kernel": 1, "motion.norm": False, "motion.unit": 1.0}
@@ -38,7 +47,7 @@ _CHOICES = {
     "align.fusion": ("concat", "heads"),
     "align.part": ("full", "spatial", "temporal"),
     "optimizer.schedule": ("constant", "linear", "cosine"),
-    "on_nonfinite": ("stop", "skip"),
+    "on_nonfinite": _HOW["on_nonfinite"],
 }
 _POSITIVE = [
     "batch_size",
@@ -218,9 +227,19 @@ def identity(config: ml_collections.ConfigDict | Mapping) -> dict:
 
 
 def default_workdir(config: ml_collections.ConfigDict, name: str) -> Path:
-    """runs/<config>-<scale>-<hash>: the same command finds its own workdir again."""
-    digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs") / f"{name}-{config.scale}-{digest}"
+    """runs/<config>-<scale>-<hash>: the same command finds its own workdir again.
+
+    So does one that computes the same thing in another way: where its own name is free and that run is there.
+    """
+    same, flat = identity(config), flatten(config.to_dict())
+
+    def named(how: Mapping) -> Path:
+        digest = hashlib.sha256(json.dumps(same | how, sort_keys=True).encode()).hexdigest()[:8]
+        return Path("runs") / f"{name}-{config.scale}-{digest}"
+
+    own = named({field: flat[field] for field in _HOW})
+    others = (named(dict(zip(_HOW, values, strict=True))) for values in itertools.product(*_HOW.values()))
+    return next((path for path in (own, *others) if (path / "config.json").is_file()), own)
 
 
 def compare(stored: Mapping, config: ml_collections.ConfigDict) -> list[str]:

@@ -121,12 +121,6 @@ def base(config: Any, student: Any, model_config: Any, place: Callable[[Any], An
     return jax.tree.unflatten(jax.tree.structure(abstract), [found[name] for name in specs])
 
 
-def is_read(config: Any) -> bool:
-    """Whether something of what a run trains does not start fresh."""
-    lora = config.get("lora", {})
-    return bool(lora.get("weights") if lora.get("rank") else config.get("init_from", {}).get("path"))
-
-
 def fingerprint(config: Any, run: Any) -> dict[str, str]:
     """{'path', 'digest'} of a run's base.
 

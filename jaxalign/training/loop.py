@@ -1,8 +1,10 @@
 """The training loop, top to bottom: what is run, where it stands, one step after the other, what a person sees."""
 
+import contextlib
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -19,6 +21,7 @@ from jaxalign.training import (
     evaluation,
     flops,
     init_from,
+    lock,
     processes,
     prompts,
     same_data,
@@ -61,10 +64,24 @@ def train(
         config_lib.flatten({"config": config.to_dict(), "versions": here["versions"]})
         | {"code": processes.code_digest()}
     )
-    with processes.all_or_none("workdir"):
-        check_writable(workdir)
-        changes = compare_workdir(config, workdir)
-    processes.check_shared(workdir)
+    with contextlib.ExitStack() as held:
+        with processes.all_or_none("workdir"):
+            check_writable(workdir)
+            held.enter_context(lock.alone_in(workdir))
+            changes = compare_workdir(config, workdir)
+        processes.check_shared(workdir)
+        return _train(config, workdir, here, changes, hang_after, profile_steps)
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    here: dict[str, Any],
+    changes: list[str],
+    hang_after: float | int,
+    profile_steps: int,
+) -> int:
+    """`train`, in a workdir that is this run's alone; `changes` are said."""
     with processes.all_or_none("setup"):
         source, run, mesh, optimizer, abstract, fresh = prepare(config)
         clip = clip_settings(config)

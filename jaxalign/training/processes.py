@@ -272,20 +272,24 @@ def leaving_at_once(say: Callable[[str], None] | None = None) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         lost, expected = is_loss(error), isinstance(error, (OSError, FloatingPointError, KeyboardInterrupt))
-        if not (lost or expected) or _wants_traceback():
-            traceback.print_exc()
-        text = " ".join(str(error).split()) or type(error).__name__
-        if lost:
-            text = f"another process was lost ({text[:200]}); the same command on all goes on from the last checkpoint"
-        elif not expected:
-            text = f"{type(error).__name__}: {text}"
-        if say is not None and jax.process_index() == 0:
-            say(f"error: {me()}: {text}")
-        else:
-            print(f"error: {me()}: {text}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(LOST if lost else 2)
+        try:
+            if not (lost or expected) or _wants_traceback():
+                traceback.print_exc()
+            text = " ".join(str(error).split()) or type(error).__name__
+            if lost:
+                text = (
+                    f"another process was lost ({text[:200]}); the same command on all goes on from the last checkpoint"
+                )
+            elif not expected:
+                text = f"{type(error).__name__}: {text}"
+            if say is not None and jax.process_index() == 0:
+                say(f"error: {me()}: {text}")
+            else:
+                print(f"error: {me()}: {text}", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # also when nothing takes the line any more: a closed pipe, a full disk
+            os._exit(LOST if lost else 2)
 
 
 def is_loss(error: BaseException) -> bool:

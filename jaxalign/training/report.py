@@ -1,13 +1,14 @@
 """What a person sees of a run: first screen, progress, log.txt, TensorBoard, summary.json.
 
 Only process 0 reports; on the others every method of `Report` returns at once. Reports are not worth a run:
-when they cannot be written (full disk), training goes on with one warning and a count.
+when they cannot be written (full disk, closed pipe), training goes on with one warning and a count.
 """
 
 import contextlib
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -93,6 +94,45 @@ def first_screen(trees: Mapping[str, Any], *, mesh: Mesh | None = None, facts: M
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
+class _Screen:
+    """A text stream that may break (a closed pipe, a full disk behind it): what it refuses is counted and forgotten.
+
+    tqdm writes to it too: it keeps its lock where a write raises, and the next thread to speak would wait for ever.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.failures, self.reason = 0, ""
+
+    def _refused(self, error: OSError) -> None:
+        self.failures += 1
+        self.reason = self.reason or error.strerror or str(error)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._refused(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._refused(error)
+
+    def __getattr__(self, name: str) -> Any:  # isatty, fileno, encoding
+        return getattr(self._stream, name)
+
+    def let_go(self) -> None:
+        """Python flushes its output once more at its end, and would leave with status 120 where that still fails."""
+        try:
+            self._stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
 class Report:
     """The reports of one run in its workdir; a context manager.
 
@@ -103,12 +143,13 @@ class Report:
     def __init__(self, workdir: str | Path, *, line_every: float | int = 15, screen: Any = None):
         self.workdir = Path(workdir)
         self.active = jax.process_index() == 0
-        self.failed_writes = 0
+        self._failed_writes = 0
         self.warnings = 0
-        self._screen = screen or sys.stdout
+        self._screen = _Screen(screen or sys.stdout)
         self._terminal = self._screen.isatty()
         self._line_every = line_every
         self._lock = threading.RLock()  # checkpoints speak from their own thread
+        self._said_gaps = self._said_screen = False
         self._bar: tqdm | None = None
         self._events = None
         self._first = self._last = 0
@@ -130,8 +171,9 @@ class Report:
         try:
             yield
         except OSError as error:
-            self.failed_writes += 1
-            if self.failed_writes == 1:
+            self._failed_writes += 1
+            if not self._said_gaps:
+                self._said_gaps = True
                 reason = error.strerror or str(error)
                 self._show(f"warning: {what} could not be written ({reason}); training goes on, reports have gaps")
 
@@ -142,7 +184,15 @@ class Report:
             else:
                 print(text, file=self._screen, flush=True)
 
+    @property
+    def failed_writes(self) -> int:
+        """How often something of the reports could not be written, the screen's lines among them."""
+        return self._failed_writes + self._screen.failures
+
     def _log(self, text: str) -> None:
+        if self._screen.failures and not self._said_screen:
+            self._said_screen = True
+            text += f"\nwarning: the screen could not be written ({self._screen.reason}); training goes on, see here"
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with (
             self._lock,
@@ -271,3 +321,4 @@ class Report:
                 with self.writing("tensorboard"):
                     self._events.close()
                 self._events = None
+            self._screen.let_go()

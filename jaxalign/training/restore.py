@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxalign.interop import sealed
+from jaxalign.training import checked
 from jaxalign.training.mesh import named_leaves
 
 METADATA = "metadata.json"
@@ -105,12 +105,12 @@ def find_checkpoint(path: str | Path, *, say: Callable[[str], None] = print) -> 
     """
     path = Path(path).absolute()
     if (path / METADATA).is_file():
-        if damage := sealed.find_damage(path):
+        if damage := checked.find_damage(path):
             raise FileNotFoundError(f"checkpoint {path} is damaged: {damage}")
         return path
     home = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for step in reversed(step_folders(home)):
-        if (damage := sealed.find_damage(home / str(step))) is None:
+        if (damage := checked.find_damage(home / str(step))) is None:
             return home / str(step)
         say(f"skipped the damaged checkpoint {home / str(step)}: {damage}")
     raise FileNotFoundError(f"{path} holds no whole checkpoint: give a workdir or a checkpoint's folder")

@@ -1,10 +1,12 @@
 """What machines do to checkpoints: full and locked disks, processes killed or left at any moment."""
 
+import errno
 import os
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +63,7 @@ def test_no_space_for_metadata_or_manifest(tmp_path, monkeypatch, where):
             patch.setattr(sealed, where, full)
             checkpoints.save(2, {"x": np.ones(3)})
             checkpoints.wait()
-        assert checkpoints.steps() == [1] and checkpoints.failed_saves == 1
+        assert checkpoints.steps() == [1] and checkpoints.failed_saves == 1 and checkpoints.last_good == 1
         assert "no space left on the disk" in lines[0] and "last good one is 1" in lines[0]
         checkpoints.save(3, {"x": np.ones(3)})
         checkpoints.wait()
@@ -87,6 +89,23 @@ def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(tmp_path):
             tmp_path.chmod(0o755)
     with pytest.raises(OSError, match=r"cannot write to .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_disk_that_renames_no_full_folder_is_an_error_at_the_start(tmp_path, monkeypatch):
+    """As gcsfuse without its option; Orbax ends every save so."""
+    real = Path.rename
+
+    def refuses(path, target):
+        if path.is_dir() and any(path.iterdir()):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuses)
+    with pytest.raises(OSError, match=r"cannot rename a folder in .*: Too many open files; .*rename-dir-limit=200000"):
+        checkpoint.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert checkpoint.check_writable(tmp_path) == tmp_path and list(tmp_path.iterdir()) == []
 
 
 LEAVES = """

@@ -1,6 +1,8 @@
 """What a person may write in a config, and what is said to one who wrote something else."""
 
+import hashlib
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -168,6 +170,31 @@ def test_the_same_command_finds_its_workdir_and_another_does_not():
     other = tsa.get_config()
     other.seed = 1
     assert config_lib.default_workdir(config_lib.resolve(other), "tsa") != one
+
+
+def test_how_a_run_is_computed_may_change_on_the_way(tmp_path, monkeypatch):
+    """What is said to do behind a NaN, and what fewer or smaller chips need."""
+    monkeypatch.chdir(tmp_path)
+    config = config_lib.resolve(tsa.get_config())
+    workdir = config_lib.default_workdir(config, "tsa")
+    how = dict(remat=False, attention="auto", on_nonfinite="stop")  # workdirs have been named with these
+    text = json.dumps(config_lib.identity(config) | how, sort_keys=True)
+    assert workdir.name == f"tsa-demo-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    stored = json.loads(json.dumps(config.to_dict()))
+    for field, value in dict(remat=True, attention="xla", on_nonfinite="skip").items():
+        changed = ml_collections.ConfigDict(config.to_dict())
+        changed[field] = value
+        assert config_lib.compare(stored, changed) == [f"config.{field}: {how[field]!r} -> {value!r}"]
+        own = config_lib.default_workdir(changed, "tsa")
+        assert own != workdir
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text("{}")
+        assert config_lib.default_workdir(changed, "tsa") == workdir
+        own.mkdir()
+        (own / "config.json").write_text("{}")  # as both were made before
+        assert config_lib.default_workdir(changed, "tsa") == own
+        assert config_lib.default_workdir(config, "tsa") == workdir
+        shutil.rmtree("runs")
 
 
 def test_a_run_of_before_a_field_is_still_the_same_run():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from configs import base as base_config
-from jaxalign.interop import lora_file, mapping, safetensors_file, weights
+from jaxalign.interop import lora_file, mapping, safetensors_file, sealed, weights
 from jaxalign.models import cogvideox, cogvideox_folder, lora
 from jaxalign.training import config as config_lib
 from jaxalign.training import init_from, loop, setup, trained
@@ -132,6 +132,24 @@ def test_parts_that_nobody_knows(tmp_path):
     with pytest.raises(ValueError, match=r"which of its parts is meant\? 'one' .*save that one alone") as error:
         init_from._open_part(path, "ema", lambda: names)
     assert "key=" not in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_read_once_to_be_checked(run, student, tmp_path, monkeypatch):
+    with Checkpoints(tmp_path / "checkpoints", say=lambda line: None) as checkpoints:
+        checkpoints.save(5, {"ema": student})
+    read, real = [], sealed.find_damage
+    monkeypatch.setattr(sealed, "find_damage", lambda *given: read.append(given) or real(*given))
+    folder = tmp_path / "checkpoints" / "5"
+    init_from.check(small(init_from=dict(path=str(folder))), run)
+    state = begun(run, path=str(folder))
+    assert same(state.ema, student) and len(read) == 1
+    data = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=r"is damaged: .*has changed bytes"):
+        begun(run, path=str(folder))
+    assert len(read) == 2
 
 
 def test_a_part_by_regex_and_the_rest_stays_fresh(run, student, latte, tmp_path):

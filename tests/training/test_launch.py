@@ -1,5 +1,6 @@
 """The launchers: their syntax, what they would start (with stand-ins for srun and gcloud), and local.sh for real."""
 
+import inspect
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from configs import base
+from jaxalign.training import checkpoint
 from jaxalign.training import config as config_lib
 from jaxalign.training.mesh import AXES, check_batch
 
@@ -182,8 +184,16 @@ def test_the_jobset_and_its_image():
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts.keys() == {v["name"] for v in pod["volumes"]}
     assert {"name": "memory", "emptyDir": {"medium": "Memory"}} in pod["volumes"] and mounts["memory"] == "/dev/shm"
+    # Headers of videos and compiled programs outlive a container.
+    assert {"name": "XDG_CACHE_HOME", "value": f"{mounts['shared']}/.cache"} in container["env"]
     assert pod["restartPolicy"] == "Never" and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     check_command(container["args"], chips * slices["replicas"])
+    (shared,) = [v["csi"]["volumeAttributes"] for v in pod["volumes"] if v["name"] == "shared"]
+    options = dict(option.partition("=")[::2] for option in shared["mountOptions"].split(","))
+    assert options.keys() == {"implicit-dirs", "rename-dir-limit"}
+    renamed = f"rename-dir-limit={options['rename-dir-limit']}"  # more files than a checkpoint has; what errors say
+    assert int(options["rename-dir-limit"]) >= 100_000 and renamed in inspect.getsource(checkpoint.check_writable)
+    assert renamed in (LAUNCH / "tpu_pod.sh").read_text()
     asked = re.search(r"five values in CAPITALS\n# \((.*)\)", (LAUNCH / "gke_jobset.yaml").read_text())[1]
     source = yaml.safe_dump([pod["serviceAccountName"], container["image"], container["args"], pod["volumes"]])
     names = set(re.findall(r"(?<![\w-])[A-Z_]{3,}\b", source))

@@ -235,6 +235,20 @@ def test_what_counts_as_a_loss():
     assert not processes.is_loss(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
 
 
+@pytest.mark.parametrize("error, status", [(ValueError("a mistake"), 2), (ValueError("gloo: gone"), 3)])
+def test_one_of_several_leaves_also_where_nobody_takes_its_line(monkeypatch, error, status):
+    """A closed pipe must not make it stay: the others wait for it."""
+
+    def broken(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as left, processes.leaving_at_once(broken):
+        raise error
+    assert left.value.code == status
+
+
 def test_with_one_process_nothing_is_asked(tmp_path):
     processes.check_agreement({"anything": 1})
     processes.check_shared(tmp_path)

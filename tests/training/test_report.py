@@ -5,6 +5,7 @@ import json
 import re
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -179,6 +180,30 @@ def test_a_full_disk_costs_reports_and_one_line(tmp_path):
     assert sum("could not be written" in line for line in lines) == 1
     assert report.failed_writes > 100
     assert not (tmp_path / "summary.json").exists()  # the old one, here none, is untouched
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_screen_that_breaks_costs_its_lines_and_nothing_else(tmp_path, bar):
+    """Standard output on a full disk; a closed pipe says EPIPE in its place."""
+
+    class Full(io.TextIOWrapper):
+        def isatty(self):
+            return bar
+
+    screen = Full(open("/dev/full", "wb"), write_through=True)  # noqa: SIM115
+    with Report(tmp_path, screen=screen, line_every=0) as report:
+        report.start(0, 30)
+        for step in range(1, 31):
+            report.progress(step, loss=1.0)
+        other = threading.Thread(target=report.say, args=("checkpoint 30 written",))  # tqdm's lock must be free
+        other.start()
+        other.join(5)
+        assert not other.is_alive()
+    log = (tmp_path / "log.txt").read_text()
+    assert "step 30/30" in log and "checkpoint 30 written" in log
+    assert log.count("the screen could not be written (No space left on device)") == 1
+    assert report.failed_writes >= 2
+    screen.close()  # as Python does at its end: an error here would be status 120
 
 
 def test_the_environment_is_recorded_and_compared():

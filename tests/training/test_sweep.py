@@ -80,6 +80,17 @@ def test_a_failed_point_is_shown_and_run_again(sweep, stand_in, monkeypatch, cap
     assert "holds another sweep (grid: " in capfd.readouterr().err
 
 
+def test_how_runs_are_computed_may_change_in_a_sweep(sweep, tmp_path):
+    sweep.Index(tmp_path, [], {}, {"model.width": "64"}).write()
+    stored = json.loads((tmp_path / "sweep.json").read_text())
+    stored["common"]["remat"] = "True"  # as sweeps were written
+    (tmp_path / "sweep.json").write_text(json.dumps(stored))
+    for how in ({}, {"remat": "False", "on_nonfinite": "skip"}):
+        assert sweep.Index(tmp_path, [], {}, {"model.width": "64"} | how).content["common"] == {"model.width": "64"}
+    with pytest.raises(ValueError, match="another sweep"):
+        sweep.Index(tmp_path, [], {}, {"model.width": "96", "remat": "True"})
+
+
 def test_a_signal_is_passed_on_and_the_runs_may_save(sweep, stand_in, monkeypatch, capfd):
     root = stand_in / "s"
     monkeypatch.setenv("WAIT", "1")
