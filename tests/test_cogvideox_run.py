@@ -100,7 +100,7 @@ def assert_same_videos(pipeline, ours, noise, published):
 def test_trained_resumed_sampled_exported_and_loaded_by_diffusers(published, tmp_path, monkeypatch, capsys):
     told, workdir = config(published), tmp_path / "run"
     # The gradients' cosine is two more backward passes to compile; tests/training/test_loop.py has runs with it.
-    monkeypatch.setattr(loop, "make_gradient_cosine", lambda *losses: lambda *batch: {})
+    monkeypatch.setattr(loop, "make_gradient_cosine", lambda *losses, **settings: lambda *batch: {})
     with monkeypatch.context() as patch:
         stop_at(10, patch)
         assert loop.train(told, workdir) == 128 + signal.SIGTERM

@@ -3,7 +3,8 @@
 A model knows no mesh. But where parameters are cut into pieces (fsdp), XLA has to choose, for every scanned block,
 between gathering the block's weights and cutting the activations by channels as the weights are cut, and left alone
 it takes the latter: in a training step of CogVideoX-2B with 8 clips on 8 devices, each then holds all 8 and needs
-55 GB. With the hint at the blocks' borders it is 13 GB, and what is gathered in a block is its weights.
+55 GB. With the hint at the blocks' borders it is 13 GB, and what is gathered in a block is its weights. (A training
+step of V-DiT does without; sampling from it and the cosine of its two gradients take 5 to 6 times the memory.)
 """
 
 import math

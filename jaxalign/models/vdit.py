@@ -15,6 +15,7 @@ from jaxalign.interop.rules import Fixed, Rule, Stack
 from jaxalign.models import attention as attention_lib
 from jaxalign.models import layers, positions
 from jaxalign.models import taps as taps_lib
+from jaxalign.models.placement import keep_rows
 
 PRESETS = {
     "S": dict(width=384, depth=12, num_heads=6),
@@ -199,11 +200,15 @@ class VDiT(nnx.Module):
             c = c + self.y_embedder(condition)
         frame_positions = _frame_positions(config)[:, None].astype(x.dtype)
 
+        def run_block(block, x):
+            # At both ends, for the scan's gradient runs through it the other way.
+            return keep_rows(block(keep_rows(x), c))
+
         def run_pair(carry, inputs):
             pair, is_first = inputs
-            middle = getattr(pair, "0")(carry[0], c)
+            middle = run_block(getattr(pair, "0"), carry[0])
             # Latte adds the time positions once, before the first temporal block.
-            x = getattr(pair, "1")(middle + is_first * frame_positions, c)
+            x = run_block(getattr(pair, "1"), middle + is_first * frame_positions)
             return (x, middle), None
 
         if config.remat:

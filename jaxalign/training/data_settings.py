@@ -1,15 +1,16 @@
 """From a config's data section to the arguments and shapes that the data functions take."""
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxalign.data.sources import open_source
-from jaxalign.training.mesh import batch_sharding
+from jaxalign.training.mesh import BATCH_AXES, batch_sharding
 
 # What a task reads, if the batch has it: these, and "teacher/KEY", "saliency/GRID" (tasks/aligning.py), "motion/flow"
 # (tasks/motion_subspace.py).
@@ -60,6 +61,16 @@ def abstract_batch(
     batch |= {k: ((b, *shape), jnp.dtype(dtype)) for k, (shape, dtype) in (beside or {}).items()}
     rows = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in batch.items()}
+
+
+def held_out_size(config: ml_collections.ConfigDict, mesh: Mesh | AbstractMesh, clips: int) -> int:
+    """How many rows the batches have in which a run looks at its held-out `clips`: as few as the mesh allows.
+
+    They can be spread over the mesh, and are never more than a training step holds at once.
+    """
+    rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    batches = math.ceil(clips / (config.batch_size // config.optimizer.grad_accum))
+    return math.ceil(clips / (batches * rows)) * rows
 
 
 def split_batch(batch: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:

@@ -31,12 +31,12 @@ from jaxalign.training import (
 )
 from jaxalign.training import config as config_lib
 from jaxalign.training.checkpoint import Checkpoints, agree, check_writable
-from jaxalign.training.data_settings import abstract_batch, clip_settings, split_batch, task_parts
+from jaxalign.training.data_settings import abstract_batch, clip_settings, held_out_size, split_batch, task_parts
 from jaxalign.training.ending import finish, leave, logged_summary
 from jaxalign.training.interrupt import Interrupts, Maintenance
 from jaxalign.training.mesh import batch_sharding, process_share
 from jaxalign.training.optimizer import learning_rate
-from jaxalign.training.prepare import compiled_step, prepare
+from jaxalign.training.prepare import compiled_step, in_place, prepare
 from jaxalign.training.report import Report, first_screen, read_json
 from jaxalign.training.restore import step_folders
 from jaxalign.training.step import make_gradient_cosine
@@ -153,7 +153,9 @@ def _train(
             # The student's tokens at step 0 are kept in a file: to make it again would need room for a second state.
             at_start = workdir / "figures" / "tokens_000000.npy"
             figure = showing.Correspondence(run, config, held_out[0], None if found else state.trainable, at_start)
-            cosine = jax.jit(make_gradient_cosine(run.task.denoising_loss, run.task.aligning_loss))
+            placed = jax.tree.map(lambda leaf: leaf.sharding, abstract.trainable)
+            terms = (in_place(loss, placed) for loss in (run.task.denoising_loss, run.task.aligning_loss))
+            cosine = jax.jit(make_gradient_cosine(*terms, grad_accum=config.optimizer.grad_accum))
 
         def look(state, number, batch):
             """Everything that is not training: gradients' cosine, held-out losses, samples, the figure."""
@@ -161,7 +163,9 @@ def _train(
                 report.scalars(number, jax.device_get(cosine(state, run.frozen, batch, step_key)))
             if number % config.eval_every == 0 or number == config.steps:
                 trainable = {**state.trainable, "model": state.ema}
-                losses = evaluation.held_out_losses(run, trainable, held_out, times=HELD_OUT_TIMES, compiled=measure)
+                losses = evaluation.held_out_losses(
+                    run, trainable, held_out, times=HELD_OUT_TIMES, compiled=measure, mesh=mesh
+                )
                 held_out_now.update(evaluation.summarise(losses))
                 report.scalars(number, {f"held_out/{k}": v for k, v in held_out_now.items()})
             if number % config.sample_every == 0 or number == config.steps:
@@ -313,7 +317,8 @@ def open_data(config: ml_collections.ConfigDict, source: Source, mesh: jax.shard
         process_count=shares,
         **clip,
     )
-    return data, split_batch(pipeline.held_out(source, HELD_OUT_CLIPS, **clip), config.batch_size)
+    held_out = pipeline.held_out(source, HELD_OUT_CLIPS, **clip)
+    return data, split_batch(held_out, held_out_size(config, mesh, HELD_OUT_CLIPS))
 
 
 def dry_run(config: ml_collections.ConfigDict) -> int:

@@ -1,5 +1,7 @@
 """One training step, and the diagnostics that look inside one: pure functions of (state, frozen, batch)."""
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax
@@ -30,10 +32,7 @@ def make_step(
 
     def step(state: TrainState, frozen, batch, root_key) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(root_key, state.step)
-        if grad_accum == 1:
-            grads, metrics = gradients(state, frozen, batch, key)
-        else:
-            grads, metrics = _accumulate(gradients, state, frozen, batch, key, grad_accum)
+        grads, metrics = _mean(gradients, state, frozen, batch, key, grad_accum)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
 
@@ -54,11 +53,13 @@ def make_step(
     return step
 
 
-def _accumulate(gradients, state, frozen, batch, key, parts: int):
-    """The mean gradient over `parts` slices of the batch, one at a time.
+def _mean(gradients, state, frozen, batch, key, parts: int):
+    """The mean of `gradients`, any pytree, over `parts` slices of the batch, one at a time.
 
     Slice i takes rows i, i + parts, ... : when the batch is split over devices each of them keeps its own rows.
     """
+    if parts == 1:
+        return gradients(state, frozen, batch, key)
     sliced = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
     keys = jax.random.split(key, parts)
 
@@ -73,21 +74,27 @@ def _accumulate(gradients, state, frozen, batch, key, parts: int):
     return jax.tree.map(lambda x: x / parts, total)
 
 
-def make_gradient_cosine(denoising: Callable, aligning: Callable):
+def make_gradient_cosine(denoising: Callable, aligning: Callable, *, grad_accum: int = 1):
     """`f(state, frozen, batch, root_key) -> {name: scalar}`: do denoising and alignment pull the student the same way?
 
     Cosine and norms of the two gradients on the student's parameters; two backward passes, so it is run now and then
-    and not in every step.
+    and not in every step. Slices and draws are those of a step with `grad_accum`, and so is the memory: the two
+    gradients, which add up to the step's, are taken one after the other.
     """
+
+    def gradients(state, frozen, batch, key):
+        def gradient(loss):
+            value = lambda trainable: loss(trainable, frozen, batch, key, state.step, state.gates)[0]  # noqa: E731
+            return lambda: jax.grad(value)(state.trainable)["model"]
+
+        # Side by side in one program, each would keep its own tokens for the way back.
+        one = functools.partial(jax.lax.switch, branches=(gradient(denoising), gradient(aligning)))
+        return jax.lax.map(one, jnp.arange(2))
 
     def diagnose(state: TrainState, frozen, batch, root_key) -> dict:
         key = jax.random.fold_in(root_key, state.step)
-
-        def gradient(loss):
-            value = lambda trainable: loss(trainable, frozen, batch, key, state.step, state.gates)[0]  # noqa: E731
-            return jax.grad(value)(state.trainable)["model"]
-
-        d, a = gradient(denoising), gradient(aligning)
+        both = _mean(gradients, state, frozen, batch, key, grad_accum)
+        d, a = (jax.tree.map(operator.itemgetter(k), both) for k in range(2))
         dot = sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(d), jax.tree.leaves(a), strict=True))
         norm_d, norm_a = optax.global_norm(d), optax.global_norm(a)
         return {

@@ -2,15 +2,18 @@
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from configs import base, tsa
 from jaxalign.training import motion_report, probe, setup
 from jaxalign.training.config import resolve
-from jaxalign.training.data_settings import counted, split_batch
+from jaxalign.training.data_settings import counted, held_out_size, split_batch
 from jaxalign.training.evaluation import held_out_losses
+from jaxalign.training.mesh import AXES, batch_sharding, make_mesh
 from jaxalign.training.trained import Trained
 
 CLIPS = 5
@@ -21,6 +24,36 @@ def clips():
     """Clip number k is k all over."""
     video = np.arange(CLIPS, dtype=np.uint8)[:, None, None, None, None] * np.ones((4, 8, 8, 3), np.uint8)
     return {"video": video, "label": np.zeros(CLIPS, np.int32)}
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "batch_size", "grad_accum", "clips", "size"),
+    [
+        (8, 8, 256, 1, 8, 64),  # as few as the mesh takes, not the whole batch
+        (1, 1, 32, 1, 8, 8),
+        (1, 1, 32, 16, 8, 2),  # never more than a step holds at once
+        (1, 2, 6, 1, 8, 4),  # two batches of 4, not of 6
+        (2, 2, 8, 2, 5, 4),
+        (2, 1, 4, 1, 5, 4),
+    ],
+)
+def test_held_out_clips_fill_no_larger_a_batch_than_they_need(data, fsdp, batch_size, grad_accum, clips, size):
+    config = base.get_config(batch_size=batch_size, optimizer=dict(grad_accum=grad_accum))
+    assert held_out_size(config, AbstractMesh((data, fsdp, 1, 1), AXES), clips) == size
+
+
+def test_held_out_rows_lie_on_the_mesh_as_a_batch_and_say_the_same(clips):
+    config = base.get_config(data=dict(source="synthetic", num_frames=4, height=8, width=8))
+    run, mesh = setup.build(resolve(config), abstract=True), make_mesh(devices=jax.devices()[:1])
+
+    def noisy(trainable, frozen, batch, noise, fractions):
+        placed.append([x.sharding == batch_sharding(mesh) for x in (*batch.values(), noise)])
+        return {"denoising": noise.mean((1, 2, 3, 4))[None] + batch["video"].mean((1, 2, 3, 4))}
+
+    placed, parts = [], split_batch(clips, 3)
+    losses = [held_out_losses(run, {}, parts, times=1, compiled=noisy, mesh=where) for where in (None, mesh)]
+    assert placed == [[False] * 3] * 2 + [[True] * 3] * 2
+    np.testing.assert_array_equal(*(found["denoising"] for found in losses))
 
 
 @pytest.mark.parametrize("size", [3, 7])

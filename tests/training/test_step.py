@@ -1,5 +1,7 @@
 """One step: accumulation equals the whole batch, a non-finite step changes nothing, the average warms up."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,13 +85,41 @@ def test_late_clipping_and_decay_of_kernels_only():
     assert float(first["a"]["kernel"][0, 0]) == pytest.approx(-10 / 11 - 0.5, rel=1e-5)
 
 
-def test_gradient_cosine(problem):
+def opposite(*arguments):
+    return -2 * quadratic(*arguments)[0], {}
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradient_cosine(problem, parts):
     trainable, batch = problem
     state = create_state(trainable, optax.sgd(0.1))
+    rows = []
 
-    def opposite(*arguments):
-        return -2 * quadratic(*arguments)[0], {}
+    def seen(trainable, frozen, batch, *rest):
+        rows.append(batch["x"].shape[0])
+        return quadratic(trainable, frozen, batch, *rest)
 
-    found = make_gradient_cosine(quadratic, opposite)(state, {}, batch, jax.random.key(0))
+    found = make_gradient_cosine(seen, opposite, grad_accum=parts)(state, {}, batch, jax.random.key(0))
+    assert set(rows) == {8 // parts}, "no more at once than a step has"
     assert float(found["gradients/cosine"]) == pytest.approx(-1, abs=1e-6)
-    assert float(found["gradients/alignment_norm"]) == pytest.approx(2 * float(found["gradients/denoising_norm"]))
+    whole = optax.global_norm(jax.grad(lambda t: quadratic(t, {}, batch, None, None, None)[0])(trainable))
+    assert float(found["gradients/denoising_norm"]) == pytest.approx(float(whole), rel=1e-6)
+    assert float(found["gradients/alignment_norm"]) == pytest.approx(2 * float(whole), rel=1e-6)
+
+
+def test_the_two_gradients_take_the_memory_of_one(problem):
+    trainable, batch = problem
+
+    def deep(slope, trainable, frozen, batch, key, step, gates):
+        def layer(x, _):
+            return jnp.tanh(slope * x @ w), None
+
+        w = trainable["model"]["kernel"][:, None] * jnp.ones(3)
+        x, _ = jax.lax.scan(layer, batch["x"], length=64)
+        return jnp.mean(x**2), {}
+
+    state = create_state(trainable, optax.sgd(0.1))
+    losses = (functools.partial(deep, slope) for slope in (0.5, 0.7))
+    both = jax.jit(make_gradient_cosine(*losses)).lower(state, {}, batch, jax.random.key(0)).compile()
+    one = jax.jit(jax.grad(lambda t: deep(0.5, t, {}, batch, None, None, None)[0])).lower(trainable).compile()
+    assert both.memory_analysis().temp_size_in_bytes < 1.5 * one.memory_analysis().temp_size_in_bytes
