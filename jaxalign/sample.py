@@ -53,7 +53,7 @@ def draw(
     classes = class_numbers(labels, config, run) if labels else None
     sampler = showing.Sampler(run, config, labels=classes)
     out = Path(out) if out else home / "samples" / f"step_{int(checkpoint.name):06d}_{weights}_seed_{seed}"
-    settings = {name: config.sample[name] for name in (*showing.SAMPLING, "steps")} | {"fps": fps}
+    settings = {name: config.sample[name] for name in showing.SAMPLING} | {"fps": fps}
     same = dict(seed=seed, at_once=at_once, **drawn.of_checkpoint(checkpoint, weights), **settings)
     told = [None] * count if sampler.told is None else sampler.told.tolist()
     files = [out / f"{k:04d}.mp4" for k in range(count)]

@@ -121,6 +121,10 @@ def test_videos_are_there_as_they_are_drawn_and_are_not_drawn_again(undrawn, tmp
     (run / "checkpoints" / "9").rename(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"step 7': give another --out$"):
         sample.draw(run, out=out, count=4, at_once=2)
+    # A run that was moved, or is seen under another path, has the same checkpoint.
+    (tmp_path / "gone").rename(run / "checkpoints" / "9")
+    run.rename(tmp_path / "moved")
+    sample.draw(tmp_path / "moved", out=out, count=4, at_once=2, steps=25)
     assert len(calls) == 3
 
 

@@ -61,7 +61,8 @@ def of_run(
     own, told_by_text = config.copy_and_resolve_references(), setup.is_told_by_text(config)
     if real:
         config.data.source = real
-        if captions_lib.beside_of(real).is_file():  # the run's own CSV may be of its training videos alone
+        # The run's own CSV may be of its training videos alone.
+        if real != own.data.source and captions_lib.beside_of(real).is_file():
             config.data.captions = ""
     elif precomputed.is_precomputed(config.data.source):
         raise ValueError(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import jax
 
+from jaxalign.data.patience import hurry
+
 METADATA_SERVER = "metadata.google.internal"  # of Google's cloud, asked by its virtual machines
 # What stands there in peace. (`upcoming-maintenance` is a plan for the next days and no reason to do anything.)
 AT_PEACE = {"maintenance-event": "NONE", "preempted": "FALSE"}
@@ -49,6 +51,7 @@ class Interrupts:
     def _remember(self, number, frame) -> None:
         self.signal = number
         signal.signal(number, self._before[number])
+        hurry()  # a machine that is taken away leaves less time than a batch waits for a disk
         self.say(f"{self.name}: finishing this step and saving; once more to stop at once")
 
 

@@ -151,24 +151,27 @@ def _train(
         held_out_now: dict[str, float] = {}
         if run.task.alignments:
             # The student's tokens at step 0 are kept in a file: to make it again would need room for a second state.
-            at_start = workdir / "figures" / "tokens_000000.npy"
+            at_start = workdir / "figures" / "tokens_000000.npz"
             figure = showing.Correspondence(run, config, held_out[0], None if found else state.trainable, at_start)
+            if figure.note:
+                report.say(figure.note)
             placed = jax.tree.map(lambda leaf: leaf.sharding, abstract.trainable)
             terms = (in_place(loss, placed) for loss in (run.task.denoising_loss, run.task.aligning_loss))
             cosine = jax.jit(make_gradient_cosine(*terms, grad_accum=config.optimizer.grad_accum))
 
         def look(state, number, batch):
             """Everything that is not training: gradients' cosine, held-out losses, samples, the figure."""
-            if cosine is not None and batch and (number % config.eval_every == 0 or number == config.steps):
+            final = number >= config.steps
+            if cosine is not None and batch and (number % config.eval_every == 0 or final):
                 report.scalars(number, jax.device_get(cosine(state, run.frozen, batch, step_key)))
-            if number % config.eval_every == 0 or number == config.steps:
+            if number % config.eval_every == 0 or final:
                 trainable = {**state.trainable, "model": state.ema}
                 losses = evaluation.held_out_losses(
                     run, trainable, held_out, times=HELD_OUT_TIMES, compiled=measure, mesh=mesh
                 )
                 held_out_now.update(evaluation.summarise(losses))
                 report.scalars(number, {f"held_out/{k}": v for k, v in held_out_now.items()})
-            if number % config.sample_every == 0 or number == config.steps:
+            if number % config.sample_every == 0 or final:
                 if sampler is not None:
                     # A large student's videos are drawn one a device; a small one's in fours, whatever the mesh.
                     rows = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -217,12 +220,13 @@ def _train(
                 try:
                     with watch.waiting():
                         host = next(batches)
-                except (OSError, ValueError):
+                except Exception:
                     # The state is whole. Of several processes the others are in a step that never ends: none can save.
                     if number > start + 1 and jax.process_count() == 1:
                         save(number - 1, state)
                         checkpoints.wait()
-                        report.say(f"the data ended behind step {number - 1}; the same command goes on from there")
+                        behind = f"behind {said_step(checkpoints.last_good)}; the same command goes on from there"
+                        report.say(f"there is no data for step {number}; saved {behind}")
                     raise
                 substitutes.note(data.names(host["index"][host["substituted"]]), len(host["index"]))
                 parts = task_parts(host).items()
@@ -257,9 +261,7 @@ def _train(
                     dog.rest()
                     save(number, state)
                     dog.alive()
-                if not stopped and (
-                    number % min(config.eval_every, config.sample_every) == 0 or number == config.steps
-                ):
+                if number % min(config.eval_every, config.sample_every) == 0 or number == config.steps:
                     dog.rest()
                     with watch.paused():
                         look(state, number, batch)

@@ -79,7 +79,7 @@ def of_run(workdir: str | Path, *, weights: str = "ema") -> Subject:
         return replicate(model, mesh), replicate(opened.run.frozen["codec"], mesh)
 
     s = config.sample
-    settings = {name: s[name] for name in SAMPLING} | {"steps": s.steps, "fps": s.fps}
+    settings = {name: s[name] for name in SAMPLING} | {"fps": s.fps}
     about = drawn.of_checkpoint(checkpoint, weights)
     return Subject(about.pop("of"), about, task, run.latent_shape, 0, embed, load, settings)
 

@@ -1,6 +1,7 @@
 """The words fvd, fid, inception_score and clip of `python -m jaxalign.evaluate`: from a run, or a folder of videos."""
 
 import contextlib
+import fcntl
 import json
 import math
 import re
@@ -108,9 +109,20 @@ def score(
 def keep(path: Path, rows: list[dict[str, Any]], *, say: Callable[[str], None] = print) -> None:
     """Puts rows into the JSON list at `path`, in the place of those that were asked the same; the others stay."""
     asked = [_asked(row) for row in rows]
-    others = [row for row in _rows_in(path, say) if _asked(row) not in asked]
-    sealed.write_atomic(path, json.dumps(others + rows, indent=2, ensure_ascii=False) + "\n")
+    with _one_at_a_time(path):
+        others = [row for row in _rows_in(path, say) if _asked(row) not in asked]
+        sealed.write_atomic(path, json.dumps(others + rows, indent=2, ensure_ascii=False) + "\n")
     say(f"kept in {path}" + (f", beside {len(others)} other rows" if others else ""))
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Within it no other process of this machine changes `path`; a disk without locks does without."""
+    lock = path.with_name(f".{path.name}.lock")
+    with open(lock, "a") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _asked(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What a run shows of itself: sampled videos, and where its tokens find a point again."""
 
+import hashlib
 import math
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -106,7 +108,8 @@ class Correspondence:
 
     The student's tokens are those that the loss sees: behind the head, under a little noise. A run without alignment
     has neither teacher nor head and no such figure. initial: what is trained, as at step 0; `kept` is the file that its
-    tokens are written to or, without it, read from; with neither there is no such panel.
+    tokens are written to or, without it, read from. Without them, or if they are of another clip, there is no such
+    panel, and `note` says so.
     """
 
     name = "correspondence"
@@ -116,14 +119,37 @@ class Correspondence:
         (self.alignment,) = run.task.alignments[:1]
         self.batch = {name: value[:1] for name, value in clip.items()}
         self.tokens = jax.jit(self._tokens)
-        self.initial = None
+        self.initial, self.note = None, ""
         if initial is not None:
             self.initial, _ = fetch(self.tokens(initial, run.frozen, on_device(self.batch)))
             if kept is not None and jax.process_index() == 0:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                np.save(kept, self.initial)
-        elif kept is not None and kept.is_file():
-            self.initial = np.load(kept)
+                self._keep(kept)
+        elif kept is not None:
+            self._read(kept)
+
+    def _clip(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.batch["video"])).hexdigest()
+
+    def _keep(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, tokens=self.initial, clip=self._clip())
+        except OSError as error:  # a full disk: a picture is not worth a run
+            self.note = f"warning: {path} could not be written ({error.strerror}); figures will not show step 0"
+
+    def _read(self, path: Path) -> None:
+        older = path.with_suffix(".npy")  # which did not say of which clip it is
+        try:
+            if not path.is_file() and older.is_file():
+                self.initial = np.load(older)
+                return
+            with np.load(path) as kept:
+                if str(kept["clip"]) == self._clip():
+                    self.initial = kept["tokens"]
+                else:
+                    self.note = f"figures will not show step 0: {path} is of another clip than the first held-out one"
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            self.note = f"figures will not show step 0: {path} cannot be read"
 
     def _tokens(self, trainable, frozen, batch):
         noise = fixed_noise(self.run, 0, 1)

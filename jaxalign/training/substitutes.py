@@ -36,9 +36,11 @@ class Substitutes:
         if not new:
             return
         for name in new[: max(SAID - said, 0)]:
-            self._say(f"warning: {name} cannot be read; another clip stands in. Such videos are named in {self._path}")
+            shown = name.encode(errors="backslashreplace").decode()
+            self._say(f"warning: {shown} cannot be read; another clip stands in. Such videos are named in {self._path}")
         try:
-            with self._path.open("a", encoding="utf-8") as file:
+            # Names of files need not be UTF-8; Python has surrogates in them then.
+            with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.writelines(f"{name}\n" for name in new)
         except OSError as error:  # a full disk ends no run
             self._say(f"warning: {self._path} could not be written ({error})")

@@ -148,7 +148,7 @@ def test_sigterm_and_data_that_end_save_and_say_so(tmp_path, monkeypatch, capsys
         loop.train(small(), workdir)
     said = capsys.readouterr().out
     assert "resumed at step 1" in said
-    assert "the data ended behind step 3; the same command goes on from there" in said
+    assert "there is no data for step 4; saved behind step 3; the same command goes on from there" in said
     assert "cannot be read; another clip stands in" in said and "50.0% of the clips so far" in said
     assert len((workdir / "unreadable_0.txt").read_text().splitlines()) == 2
     rows = tensorboard.read_scalars(workdir / "tensorboard")

@@ -107,3 +107,9 @@ def test_captions_of_other_real_clips(told_by_text, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         generated.of_run(told_by_text, **options)
     assert seen == [("a dark wall",)]
+    # The run's own clips are told as it was trained, also where they have another CSV beside them.
+    config = json.loads((told_by_text / "config.json").read_text())
+    config["data"]["source"] = str(real)
+    (told_by_text / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"own.csv': no such file"):
+        generated.of_run(told_by_text, **options)
