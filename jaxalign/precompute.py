@@ -14,8 +14,9 @@ The folder holds one clip a window (its centre; --variants takes more, evenly sp
 image. The same command goes on where it was stopped; another --what adds to the folder. Several processes or machines
 deal out the shards by number: --num_processes=N --process_id=K on each, or --shard_range=A:B; Slurm, Open MPI and TPU
 slices on GKE are detected, TPU VMs elsewhere with --detect_cluster. Videos that cannot be read are skipped, counted and
-named. Where the machine or the disk is to blame (too many open files, no memory, a disk that fails), or 16 in a row
-cannot be read, nor the last one that could, the command stops and keeps nothing of them.
+named; so are those in a broken place of a disk (EIO) that gives others. Where the machine or the disk is to blame (too
+many open files, no memory, a disk that fails), or 16 in a row cannot be read, nor the last one that could, the command
+stops and keeps nothing of them.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ import functools
 import itertools
 import json
 import os
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,12 +40,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxalign.convert import Progress
-from jaxalign.data import faults, pipeline, precomputed, video
-from jaxalign.data.clips import SPLITS, Clip, Source, Window, load
-from jaxalign.data.containers import UnreadableVideo, tried
+from jaxalign.data import pipeline, precomputed
+from jaxalign.data.clips import SPLITS, Clip, Source, Window
+from jaxalign.data.containers import UnreadableVideo
 from jaxalign.data.precomputed import Clips, Folder, Series
+from jaxalign.training import clip_reading, contents, embedded, processes, prompts, setup
 from jaxalign.training import config as config_lib
-from jaxalign.training import contents, embedded, processes, prompts, setup
 from jaxalign.training.data_settings import clip_settings
 from jaxalign.training.makers import DTYPES, WHAT, Options, about, announce, claim, makers, networks, stored
 from jaxalign.training.mesh import batch_sharding, make_mesh
@@ -99,7 +101,7 @@ def precompute(
     announce(folder, series, whole, options, say)
     if text:
         embedded.make(folder, series[embedded.NAME], run, source, listed, whole, config, options, mesh)
-    decode = functools.partial(_decode, source, clip, found, options)
+    decode = functools.partial(clip_reading.decode, source, clip, found, options)
     _make_shards(folder, made, series, whole, decode, listed, options, mesh, say)
     return _report(folder, series, options, say)
 
@@ -119,46 +121,8 @@ def _windows(config, source: Source, options: Options) -> tuple[Clip, dict[str, 
 # ---- clips
 
 
-def _decode(source, clip: Clip, found, options: Options, flips: int, split: str, unit: int):
-    """(item, label, the clip's versions uint8 [v,t,h,w,3]), or (item, the UnreadableVideo that says why not).
-
-    Raises OSError, one line, where that is not the video's fault.
-    """
-    try:
-        if split == "held_out":
-            row = pipeline.held_out_clip(source, found[split], clip, unit, options.held_out)
-            if row["substituted"]:
-                window = found[split][row["index"]]
-                told = tried(lambda: load(source, window, clip, np.random.default_rng(0), 0.5))
-                if not isinstance(told, UnreadableVideo):  # it was a hiccup
-                    row = pipeline.held_out_clip(source, found[split], clip, unit, options.held_out)
-            return row["item"], int(row["label"]), row["video"][None]
-        window = found[split][unit]
-        told = tried(lambda: _versions(source, window, clip, options, flips))
-        return (window.item, told) if isinstance(told, UnreadableVideo) else (window.item, *told)
-    except Exception as error:
-        if faults.not_the_files(error):
-            words = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(
-                f"{words}: the machine or its disk is to blame, so no clip is skipped for it; once mended (fewer "
-                f"--threads open fewer files and take less memory), {precomputed.AGAIN}: it goes on"
-            ) from error
-        raise
-    finally:
-        video.close_kept()  # the next window of a film is another thread's
-
-
-def _versions(source, window: Window, clip: Clip, options: Options, flips: int) -> tuple[int, np.ndarray]:
-    """(label, the window's variants, each with its mirror image if there are flips)."""
-    made = []
-    for variant in range(options.variants):
-        row = load(source, window, clip, np.random.default_rng(0), (variant + 0.5) / options.variants)
-        made += [row["video"]] + [row["video"][:, :, ::-1]] * (flips - 1)
-    return int(row["label"]), np.stack(made)
-
-
-def _ahead(tasks: Iterable[Callable], threads: int, ahead: int) -> Iterator[Any]:
-    """The results of tasks in their order, some of them under way in threads; close() lets the rest be."""
+def _ahead(tasks: Iterable[Callable], threads: int, ahead: int, stop: threading.Event) -> Iterator[Any]:
+    """The results of tasks in their order, some of them under way in threads; close() lets the rest be, and waits."""
     pool, waiting = ThreadPoolExecutor(threads), deque()
     try:
         for task in tasks:
@@ -168,6 +132,7 @@ def _ahead(tasks: Iterable[Callable], threads: int, ahead: int) -> Iterator[Any]
         while waiting:
             yield waiting.popleft().result()
     finally:
+        stop.set()  # what a thread waits for a disk
         pool.shutdown(cancel_futures=True)
 
 
@@ -192,9 +157,11 @@ def _make_shards(folder: Folder, makers, series, whole, decode, listed, options:
     if not clips:
         return
     compiled = {m.name: jax.jit(stored(m, DTYPES[options.dtype])) for m in makers if m.compute is not None}
-    tasks = [functools.partial(decode, folder.clips.flips, split, k) for *_, split, units in work for k in units]
+    stop = threading.Event()
+    decode = functools.partial(decode, folder.clips.flips, stop=stop)
+    tasks = [functools.partial(decode, split, k) for *_, split, units in work for k in units]
     threads, ahead = _room(folder.clips, options, mesh.size)
-    stream = _ahead(tasks, threads, ahead)
+    stream = _ahead(tasks, threads, ahead, stop)
     failed: dict[int, UnreadableVideo] = {}  # different videos since the last that could be read
     doubtful: list[Path] = []  # whole shards that lack some of these
     with contextlib.closing(stream), Progress("clips", clips) as progress:

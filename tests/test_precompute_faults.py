@@ -4,17 +4,18 @@
 import dataclasses
 import errno
 import re
+import threading
 import types
 
 import jax
 import pytest
 
 from jaxalign import precompute
-from jaxalign.data import patience, pipeline, precomputed
+from jaxalign.data import containers, patience, pipeline, precomputed
 from jaxalign.data.video import UnreadableVideo
-from jaxalign.training import makers, prompts
+from jaxalign.training import clip_reading, makers, prompts
 from jaxalign.training.makers import Options
-from tests.test_precompute import SMALL, files, made, make, videos  # noqa: F401
+from tests.test_precompute import PIXELS, SMALL, config_of, files, made, make, videos  # noqa: F401
 
 
 def test_a_lost_disk_is_no_bad_clip(made, videos, tmp_path, monkeypatch):
@@ -61,7 +62,7 @@ def test_a_hiccup_costs_no_clip(made, videos, tmp_path, monkeypatch, hiccup, hel
                 hiccup()
         return source.read(item, start, stop, step, cover)
 
-    monkeypatch.setattr(patience, "sleep", lambda seconds: None)
+    monkeypatch.setattr(patience, "sleep", lambda seconds, stop=None: None)
     monkeypatch.setattr(prompts, "open_source", lambda spec, **_: dataclasses.replace(source, read=read))
     if hiccup is not torn:
         with pytest.raises(OSError, match=r"machine or its disk is to blame.*again: it goes on$") as caught:
@@ -73,6 +74,71 @@ def test_a_hiccup_costs_no_clip(made, videos, tmp_path, monkeypatch, hiccup, hel
         videos()
     make(tmp_path / "out")
     assert files(tmp_path / "out") == files(made[1]) and calls
+
+
+def bad_sector(path):
+    error = UnreadableVideo(path, "Input/output error")
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    return error
+
+
+def test_a_broken_place_of_a_disk_costs_its_clips_and_no_folder(made, videos, tmp_path, monkeypatch):
+    """Of a disk that gives the other videos; one that gives none of them is away."""
+    source, slept, gone = videos(), [], set()
+
+    def read(item, start, stop, step, cover):
+        if item in gone:
+            raise bad_sector(f"{item}.mp4")
+        return source.read(item, start, stop, step, cover)
+
+    monkeypatch.setattr(patience, "_known", patience._Known())
+    monkeypatch.setattr(patience, "sleep", lambda seconds, stop=None: slept.append(seconds))
+    monkeypatch.setattr(prompts, "open_source", lambda spec, **_: dataclasses.replace(source, read=read))
+    gone.update(range(4))
+    with pytest.raises(OSError, match=r"mp4: Input/output error: the machine or its disk is to blame.*it goes on$"):
+        make(tmp_path / "out")
+    assert set(patience.WAITS) <= set(slept)
+    gone.difference_update({0, 1, 3})
+    said = []
+    assert precompute.precompute(config_of(**PIXELS), tmp_path / "out", SMALL, said.append)["bad"] > 0
+    skipped = [line for line in said if line.startswith("skipped: ")]
+    assert skipped and set(skipped) == {"skipped: 2.mp4: Input/output error; the disk gives other videos, not this one"}
+    monkeypatch.setattr(patience, "_known", patience._Known())
+    slept.clear()
+    make(tmp_path / "again")
+    assert files(tmp_path / "again") == files(tmp_path / "out")
+    assert sum(slept) <= 4 * sum(patience.WAITS)  # at most once for each thread
+
+
+@pytest.mark.parametrize(
+    ("number", "calls_wanted"), [(errno.EIO, 8), (errno.ESTALE, 8), (errno.EMFILE, 1)], ids=["EIO", "ESTALE", "EMFILE"]
+)
+def test_what_looks_damaged_and_is_the_disk_is_waited_for(monkeypatch, number, calls_wanted):
+    """And named by its file; what this machine lacks is not waited for."""
+    calls = []
+
+    def read():
+        calls.append(0)
+        raise UnreadableVideo("x.mp4", "frame 7 cannot be decoded")
+
+    monkeypatch.setattr(patience, "_known", patience._Known())
+    monkeypatch.setattr(patience, "sleep", lambda seconds, stop=None: None)
+    monkeypatch.setattr(containers, "disk_fault", lambda path: OSError(number, "refused"))
+    if number == errno.EIO:
+        told = clip_reading._told(read, patience.Patience(), lambda: True)
+        assert (told.path, told.why[:7]) == ("x.mp4", "refused")
+    else:
+        with pytest.raises((OSError, UnreadableVideo), match="refused"):
+            clip_reading._told(read, patience.Patience(), lambda: True)
+    assert len(calls) == calls_wanted
+
+
+def test_a_command_that_ends_waits_for_no_disk():
+    stop, asleep = threading.Event(), []
+    stream = precompute._ahead([lambda: "clip", lambda: asleep.append(stop.wait(30))], 2, 1, stop)
+    assert next(stream) == "clip"
+    stream.close()
+    assert stop.is_set() and asleep in ([True], [])
 
 
 def test_only_what_this_command_makes_is_waited_for(made, monkeypatch):

@@ -95,6 +95,28 @@ class Kept(threading.local):
             self.files.popitem()[1][0].close()
 
 
+class Known:
+    """What is remembered of a file's frames (frame_index.py); whoever reads them holds the lock, and others wait."""
+
+    def __init__(self):
+        self.lock, self.stamp, self.index = threading.Lock(), None, None
+        self.sure = False  # two readings gave the same
+
+
+_looking_up = threading.Lock()
+
+
+def known(path: str) -> Known:
+    """The one place where this process remembers a file; of those used longest ago it forgets all but 1024."""
+    with _looking_up:
+        return _known(path)
+
+
+@functools.lru_cache(maxsize=1024)  # an index is a few kilobytes, and every clip of the file needs it
+def _known(path: str) -> Known:
+    return Known()
+
+
 def tried(read: Callable[[], Any]) -> Any:
     """What read() gives, or the UnreadableVideo of a file that is broken for good, for who never reads it again.
 
@@ -107,6 +129,9 @@ def tried(read: Callable[[], Any]) -> Any:
         if not_the_files(error):
             raise
         _read_through(error.path, stamp_of(error.path))
+        place = known(error.path)
+        with place.lock:
+            place.index = None  # what the first reading found out may be wrong
     try:
         return read()
     except UnreadableVideo as error:

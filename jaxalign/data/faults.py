@@ -24,6 +24,12 @@ def not_the_files(error: BaseException) -> bool:
     return any(_machines(link) for link in _chain(error))
 
 
+def numbers(error: BaseException) -> set[int]:
+    """The errnos by which an error is the machine's or the disk's (`not_the_files`); empty if it is not."""
+    links = [link for link in _chain(error) if _machines(link)]
+    return {errno.ENOMEM if isinstance(link, MemoryError) else link.errno for link in links}
+
+
 def disk_fault(path: str) -> OSError | None:
     """What reading a file's plain bytes fails with, where that is the disk's or the machine's fault; else None."""
     try:

@@ -20,7 +20,7 @@ AT_ONCE = 1000  # files between two looks at the clock
 SAID_AFTER, SAID_EVERY = 10, 30  # seconds
 KEPT_EVERY = 60  # seconds: what a killed process loses at most
 KEPT_COST = 20  # of the time goes at most one part in so many into writing: a million answers are 100 MB
-_VERSION = 2  # raised when `probe` answers otherwise than before
+_VERSION = 3  # raised when `probe` answers otherwise than before: version 2 may hold counts of readings cut short
 
 
 def probe_all(paths: list[Path], root: Path) -> list[VideoInfo | UnreadableVideo]:

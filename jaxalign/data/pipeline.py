@@ -6,6 +6,7 @@ Offset, flip and crop come from (seed, position in the global order); with that 
 bit the same for any number of hosts and of decode workers.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -15,17 +16,17 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from jaxalign.data import columns
+from jaxalign.data import columns, patience
 from jaxalign.data.clips import Clip, Source, Window, load, part, windows
 from jaxalign.data.faults import not_the_files
-from jaxalign.data.patience import WAITS, patiently
+from jaxalign.data.patience import Patience, patiently
 from jaxalign.data.video import UnreadableVideo
 
 AHEAD = 2  # batches decoded ahead (of each worker): enough to hide a slow clip, little memory
@@ -43,11 +44,17 @@ class Batches:
 
     source: Source
     windows: tuple[Window, ...]
-    dataset: grain.MapDataset
+    order: grain.MapDataset  # of (place in the order, window number), by global batches
+    decode: Callable[..., dict[str, np.ndarray]]
     workers: int
 
+    @property
+    def dataset(self) -> grain.MapDataset:
+        """This host's share of every batch, decoded; what the workers are sent."""
+        return self.order.map(self.decode)
+
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        return _told(self.source, self.dataset[step])
+        return _told(self.source, self.decode(self.order[step]))
 
     def iterate(self, step: int = 0) -> Generator[dict[str, np.ndarray], None, None]:
         """An endless iterator from global batch `step` on; call its close() to end the workers.
@@ -56,7 +63,9 @@ class Batches:
         processes).
         """
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
-        stream = self.dataset[step:].to_iter_dataset(ahead)
+        stop = None if self.workers else patience.new_stop()  # workers are killed, waiting or not
+        dataset = self.order.map(functools.partial(self.decode, stop=stop)) if stop else self.dataset
+        stream = dataset[step:].to_iter_dataset(ahead)
         if self.workers:
             if not flags.FLAGS.is_parsed():  # Grain asks absl for its flags; a notebook has parsed none
                 flags.FLAGS.mark_as_parsed()
@@ -64,7 +73,9 @@ class Batches:
             stream = stream.mp_prefetch(options, worker_init_fn=_begin_worker)
         iterator = iter(stream)
         iterator.start_prefetch()  # at once: the training step is being compiled meanwhile
-        return _until_closed(iterator, functools.partial(_told, self.source))
+        told = _until_closed(iterator, functools.partial(_told, self.source), stop)
+        next(told)  # into its try: close() of a generator that has not begun does nothing
+        return told
 
     def names(self, index: Int[np.ndarray, "b"] | Sequence[int]) -> list[str]:
         """The videos behind a batch's `index`."""
@@ -84,18 +95,23 @@ def _told(source: Source, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     return batch | {"tokens": source.tokens[batch["item"]].astype(np.int32)}
 
 
-def _until_closed(iterator: grain.DatasetIterator, change: Callable) -> Generator[dict[str, np.ndarray], None, None]:
-    """The iterator's elements, changed; close() ends its threads and workers and lets go of it.
+def _until_closed(
+    iterator: grain.DatasetIterator, change: Callable, stop: threading.Event | None
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Nothing, then the iterator's elements, changed; close() ends its threads, their waits and workers.
 
     Raises OSError where a worker was killed by what its machine lacks.
     """
     try:
+        yield {}
         yield from map(change, iterator)
     except (RuntimeError, OSError) as error:
         if why := _what_workers_lacked(error):
             raise OSError(why) from error
         raise
     finally:
+        if stop is not None:
+            patience.end(stop)  # a thread that sleeps would keep the process
         iterator.close()
 
 
@@ -166,8 +182,7 @@ def batches(
     dataset = dataset.map_with_index(functools.partial(_shuffled, seed, len(found)))
     dataset = dataset.batch(batch_size, drop_remainder=True)
     read = (columns.to_send(source, clip), columns.Windows.of(found)) if workers else (source, found)
-    dataset = dataset.map(functools.partial(_decode, *read, clip, seed, rows))
-    return Batches(source, found, dataset, workers)
+    return Batches(source, found, dataset, functools.partial(_decode, *read, clip, seed, rows), workers)
 
 
 def _shuffled(seed: int, count: int, place: int, _) -> np.ndarray:
@@ -185,9 +200,10 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(count)
 
 
-def _decode(source, found, clip: Clip, seed: int, rows: slice, batch: np.ndarray) -> dict[str, np.ndarray]:
-    """This host's rows of a global batch of (place in the order, window number)."""
-    return _stack([_row(source, found, clip, seed, int(place), int(number)) for place, number in batch[rows]])
+def _decode(source, found, clip: Clip, seed: int, rows: slice, batch: np.ndarray, *, stop=None) -> dict:
+    """This host's rows of a global batch of (place in the order, window number); `stop` ends what is waited."""
+    left = Patience(stop)
+    return _stack([_row(source, found, clip, seed, int(place), int(number), left) for place, number in batch[rows]])
 
 
 def held_out(
@@ -199,10 +215,11 @@ def held_out(
     """
     clip = Clip(num_frames, height, width, stride, short=short)
     found = some_windows(source, "held_out", clip)
-    return _told(source, _stack([held_out_clip(source, found, clip, k, n) for k in range(n)]))
+    left = Patience()
+    return _told(source, _stack([held_out_clip(source, found, clip, k, n, left) for k in range(n)]))
 
 
-def held_out_clip(source: Source, found: Sequence[Window], clip: Clip, k: int, n: int) -> dict:
+def held_out_clip(source: Source, found: Sequence[Window], clip: Clip, k: int, n: int, left: Patience) -> dict:
     """Number k of `held_out`'s n clips; `found` are the held-out windows."""
     if n >= len(found):  # several clips a window: early, middle, late
         number, turn = k % len(found), k // len(found)
@@ -211,7 +228,7 @@ def held_out_clip(source: Source, found: Sequence[Window], clip: Clip, k: int, n
         # Anywhere in the k-th of n parts: equal steps would take one kind alone where kinds alternate (synthetic).
         first, last = (edge * len(found) // n for edge in (k, k + 1))
         number, turn, turns = int(np.random.default_rng((2, k)).integers(first, last)), 0, 1
-    return _row(source, found, clip, 0, k, number, position=(turn + 0.5) / turns)
+    return _row(source, found, clip, 0, k, number, left, position=(turn + 0.5) / turns)
 
 
 def some_windows(source: Source, split: str, clip: Clip) -> tuple[Window, ...]:
@@ -245,36 +262,55 @@ def why_none(source: Source, split: str, clip: Clip) -> str:
     )
 
 
-def _row(source, found, clip: Clip, seed: int, place: int, number: int, position: float | None = None) -> dict:
-    """The clip at one place of the global order, or one out of the next file that can be read.
+def _row(source, found, clip: Clip, seed: int, place: int, number: int, left: Patience, position=None) -> dict:
+    """The clip at one place of the global order, or one out of the next file that can be read; raises as `in_turn`."""
+
+    def read(window):
+        return load(source, window, clip, np.random.default_rng((seed, 1, place)), position)
+
+    candidates = (found[(number + other) % len(found)] for other in range(len(found)))
+    row, item, substituted = in_turn(source, candidates, read, left)
+    del row["name"]
+    return {**row, "index": number, "substituted": substituted, "item": item}
+
+
+def in_turn(
+    source: Source, candidates: Iterable[Window], read: Callable[[Window], dict], left: Patience
+) -> tuple[dict, int, bool]:
+    """(read(window), its item, whether it is not the first) of the first window that can be read.
 
     A disk that is away is waited for. Raises ValueError where file after file cannot be read, OSError where that is
-    the disk's or the machine's fault.
+    the disk's or the machine's fault; one line.
     """
     failed: dict[int, UnreadableVideo] = {}
-    for other in range(len(found)):
-        window = found[(number + other) % len(found)]
+    tried, before = [], left.left
+    for window in candidates:
         if window.item in failed:
             continue
-
-        def read(window=window):
-            return load(source, window, clip, np.random.default_rng((seed, 1, place)), position)
-
+        tried.append(window)
         try:
-            # Only the first is waited for: if the next can be read, it was that one file.
-            row = patiently(read, () if failed else WAITS)
+            # One file is waited for: if the next can be read, it was that one.
+            row = patiently(functools.partial(read, window), left) if left.left == before else read(window)
         except UnreadableVideo as error:
             failed[window.item] = error
             if len(failed) >= GIVE_UP_AFTER:
                 break
             continue
-        del row["name"]
-        return {**row, "index": number, "substituted": bool(failed), "item": window.item}
-    first = next(iter(failed.values()))
+        left.disk_works()
+        return row, window.item, bool(failed)
     told = f"data.source={source.name!r}: {len(failed)} videos in a row cannot be read"
-    if not_the_files(first):
-        raise OSError(f"{told}, the first not within {sum(WAITS)} s; the disk or this machine fails: {first}")
-    raise ValueError(f"{told}; the first is {first}")
+    fault = next(filter(not_the_files, failed.values()), None)
+    if fault is None:
+        raise ValueError(f"{told}; the first is {next(iter(failed.values()))}")
+    # It worked a while ago, so nothing was waited for: now it is away.
+    for _ in left.waits() if left.left == before else ():
+        for window in tried:
+            with contextlib.suppress(UnreadableVideo):
+                row = read(window)
+                left.in_vain = False
+                return row, window.item, window is not tried[0]
+    waited = f", not within {before - left.left:g} s" if left.left < before and not left.stopped else ""
+    raise OSError(f"{told}{waited}; the disk or this machine fails: {fault}")
 
 
 _DTYPES = {"label": np.int32, "index": np.int64, "substituted": np.bool_, "item": np.int64}

@@ -66,7 +66,8 @@ def _array(column: _Column, number: int) -> np.ndarray:
         # A good shard that cannot be read just now is no reason to make it anew for hours.
         broken = isinstance(error, ValueError) or "orrupt" in reason or not is_whole(Path(path))
         if isinstance(error, OSError) or not broken:
-            raise UnreadableVideo(path, f"record {number} cannot be read ({reason} …)") from error
+            # By its own name, as a video: what is known of one record says nothing of a shard's others.
+            raise UnreadableVideo(f"{path}: record {number}", f"cannot be read ({reason} …)") from error
         why = f"damaged ({reason} …); remove this file and {AGAIN}: it is made anew"
         _say(f"{path}: {why}")  # another clip stands in, so nobody would be told
         raise UnreadableVideo(path, why) from error

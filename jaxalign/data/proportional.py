@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxalign.data.clips import SPLITS, Clip, Source, Window, load, part
-from jaxalign.data.patience import WAITS, patiently
-from jaxalign.data.pipeline import GIVE_UP_AFTER, why_none
+from jaxalign.data.patience import Patience
+from jaxalign.data.pipeline import in_turn, why_none
 from jaxalign.data.video import UnreadableVideo
 
 
@@ -62,29 +62,17 @@ def read(source: Source, drawn: Sequence[Window], k: int, clip: Clip) -> dict[st
     """Clip number k of what was drawn, as `clips.load` gives it, with its `item` and whether it is `substituted`.
 
     A video that cannot be read is replaced by the next one of its class in the list, or else by the next one at all, so
-    what is measured is the same for every reader. Raises ValueError, one line, when many in a row cannot be read.
+    what is measured is the same for every reader. Raises as `pipeline.in_turn` when many in a row cannot be read.
     """
     at = [drawn[(k + other) % len(drawn)] for other in range(len(drawn))]
     label = source.items[at[0].item].label
     at.sort(key=lambda window: source.items[window.item].label != label)  # stable
-    failed: dict[int, UnreadableVideo] = {}
-    for window in at:
-        if window.item in failed:
-            continue
 
-        def clip_of(window=window):
-            return load(source, window, clip, np.random.default_rng((0, 3)))
+    def clip_of(window):
+        return load(source, window, clip, np.random.default_rng((0, 3)))
 
-        try:
-            row = patiently(clip_of, () if failed else WAITS)  # as in training
-        except UnreadableVideo as error:
-            failed[window.item] = error
-            if len(failed) >= GIVE_UP_AFTER:
-                break
-            continue
-        return {**row, "item": window.item, "substituted": bool(failed)}
-    first = next(iter(failed.values()))
-    raise ValueError(f"data.source={source.name!r}: {len(failed)} videos in a row cannot be read; the first is {first}")
+    row, item, substituted = in_turn(source, at, clip_of, Patience())  # as in training
+    return {**row, "item": item, "substituted": substituted}
 
 
 def _span(source: Source, number: int, split: str) -> tuple[tuple[int, int | None], int]:

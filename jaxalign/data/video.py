@@ -9,18 +9,18 @@ instead.
 import contextlib
 import dataclasses
 import functools
-import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import UInt8
 
 from jaxalign.data.containers import Kept, UnreadableVideo, damage_named, open_video, opened, stamp_of
 from jaxalign.data.faults import disk_fault
+from jaxalign.data.frame_index import FrameIndex, demux, index_frames, whole_packets
 
 THUMB = 32  # side of the grey thumbnails that cuts are looked for in
 # ACCURATE_RND and BITEXACT cost nothing measurable and make the pixels the same on every kind of CPU.
@@ -42,27 +42,12 @@ class VideoInfo:
     height: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class FrameIndex:
-    """Of every frame, in order: presentation timestamp, timestamp to seek to, whether it is a keyframe.
-
-    by_order: the timestamps are unusable, frames are counted from the file's beginning.
-    """
-
-    pts: Int64[np.ndarray, "n"]
-    seek: Int64[np.ndarray, "n"]
-    key: Bool[np.ndarray, "n"]
-    by_order: bool = False
-
-    def __len__(self) -> int:
-        return len(self.pts)
-
-
 def probe(path: str) -> VideoInfo:
     """Frames, rate and size of a file, decoding nothing; it is read whole only if it has no index of its own.
 
     Raises UnreadableVideo for a file that is empty, no video, audio only, without frames, or cut short.
     """
+    frames = None
     with opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
         fps = float(stream.average_rate or stream.guessed_rate or 25)
@@ -76,106 +61,15 @@ def probe(path: str) -> VideoInfo:
             if there < listed:
                 raise UnreadableVideo(path, f"cut short: the file holds {there} of its {listed} frames")
             frames = sum(not entry.is_discard for entry in stream.index_entries)
-        else:
-            discarded = [packet.is_discard for packet in _whole_packets(container, stream)]
-            # Headers are often a frame or two off; a file that lost its end lacks far more.
-            if len(discarded) < 0.95 * claimed - 2:
-                raise UnreadableVideo(path, f"cut short: the file holds {len(discarded)} of its {claimed} frames")
-            frames = discarded.count(False)
+    if frames is None:
+        discarded = [packet.discarded for packet in whole_packets(path)]
+        # Headers are often a frame or two off; a file that lost its end lacks far more.
+        if len(discarded) < 0.95 * claimed - 2:
+            raise UnreadableVideo(path, f"cut short: the file holds {len(discarded)} of its {claimed} frames")
+        frames = discarded.count(False)
     if not frames or not width or not height:
         raise UnreadableVideo(path, "no video frames")
     return VideoInfo(frames, fps, max(1, round(width * aspect)), height)
-
-
-def _packets(container, stream) -> Iterator[av.Packet]:
-    """The packets that become frames: whole ones, but for those that an edit list cuts away."""
-    return (packet for packet in _whole_packets(container, stream) if not packet.is_discard)
-
-
-def _whole_packets(container, stream) -> Iterator[av.Packet]:
-    """Nothing empty, nothing torn."""
-    return (packet for packet in _demux(container, stream) if packet.size and not packet.is_corrupt)
-
-
-def _demux(container, stream) -> Iterator[av.Packet]:
-    """All packets and the empty one that flushes the decoder; damage ends them as the end of a file does.
-
-    Raises OSError where it was the disk's or the machine's fault.
-    """
-    try:
-        yield from container.demux(stream)
-    except Exception as error:  # PyAV answers damage with IndexError, MemoryError and more
-        if isinstance(error, OSError) and (fault := disk_fault(container.name)):
-            raise fault from error
-
-
-def index_frames(path: str) -> FrameIndex:
-    """The exact index of a file as it is now, without decoding; a file that has none of its own is read whole.
-
-    Raises UnreadableVideo.
-    """
-    with _looking_up:
-        lock = _reading(path)
-    with lock:
-        return _index(path, stamp_of(path))
-
-
-_looking_up = threading.Lock()
-
-
-@functools.lru_cache(maxsize=1024)
-def _reading(path: str) -> threading.Lock:
-    """Held while a file's index is read, which may be the whole file: other threads wait for that one reading."""
-    return threading.Lock()
-
-
-@functools.lru_cache(maxsize=1024)  # an index is a few kilobytes, and every clip of the file needs it
-def _index(path: str, stamp: tuple | None) -> FrameIndex:
-    with opened(path) as (container, stream):
-        if listed := _listed(path, container, stream):
-            return listed
-        name, codec = container.format.name, stream.codec_context.name
-        packets = [(packet.pts, packet.dts, packet.is_keyframe) for packet in _packets(container, stream)]
-    if not packets:
-        raise UnreadableVideo(path, "no video frames")
-    stamps = [pts for pts, _, _ in packets]
-    # AVI has no presentation times: for H.264 and HEVC with B-frames what libavformat makes up is wrong.
-    by_order = None in stamps or len(set(stamps)) < len(stamps)
-    by_order = by_order or (name == "avi" and codec in ("h264", "hevc"))
-    if by_order:
-        numbers = np.arange(len(stamps), dtype=np.int64)
-        return FrameIndex(numbers, numbers, numbers == 0, by_order=True)
-    packets.sort(key=lambda packet: packet[0])
-    # A keyframe's presentation time finds it in every container but MPEG's streams, which search decoding times.
-    by_dts = name.startswith("mpeg")
-    return FrameIndex(
-        np.array([pts for pts, _, _ in packets], np.int64),
-        np.array([dts if by_dts and dts is not None else pts for pts, dts, _ in packets], np.int64),
-        np.array([key for _, _, key in packets], np.bool_),
-    )
-
-
-def _listed(path: str, container, stream) -> FrameIndex | None:
-    """The index that an MP4 carries of itself, where that is exact; None where the packets have to be asked.
-
-    It has decoding times. They are presentation times too where nothing is reordered (AV1 and VP9 never are, and of
-    H.264 libavformat compares all of a file's offsets), no edit list cuts and no fragments follow. Other codecs tell
-    whether they reorder in headers that may change midway.
-    """
-    entries, codec = list(stream.index_entries), stream.codec_context.codec.canonical_name
-    straight = codec in ("av1", "vp9") or (codec == "h264" and not stream.codec_context.has_b_frames)
-    if not (container.format.name.startswith("mov") and straight and entries and len(entries) == stream.frames):
-        return None
-    times, size = [entry.timestamp for entry in entries], os.path.getsize(path)
-    if any(entry.is_discard or not entry.size or entry.pos + entry.size > size for entry in entries):
-        return None
-    if any(later <= earlier for earlier, later in itertools.pairwise(times)):
-        return None
-    for entry, packet in zip(entries[:8], _demux(container, stream), strict=False):
-        if not packet.pts == packet.dts == entry.timestamp or packet.is_keyframe != entry.is_keyframe:
-            return None
-    pts = np.array(times, np.int64)
-    return FrameIndex(pts, pts, np.array([entry.is_keyframe for entry in entries], np.bool_))
 
 
 def read_frames(
@@ -215,7 +109,7 @@ def read_span(
     The thumbnails cost a few per cent of the decoding and are what `clips.find_cuts` looks at; where they are known
     already, frames that neither the clip nor other frames need are not decoded. Raises UnreadableVideo.
     """
-    index = index_frames(path)
+    index = index_frames(path, least=stop)
     if start < 0 or stop > len(index) or start >= stop:
         raise UnreadableVideo(path, f"has {len(index)} frames, not {start} to {stop - 1}")
     thumbs = known_thumbnails(path, start, stop)
@@ -316,7 +210,7 @@ def _pass(path: str, index: FrameIndex, wanted: set[int], take: Callable, seek: 
             except (av.error.FFmpegError, OSError):
                 return found
         convert = _converter(stream)
-        for packet in _demux(container, stream):
+        for packet in demux(container, stream):
             if seek is not None and not _known(packet, index):
                 return {}
             # Beside the wanted frames only those that others need are decoded: a third less work with B-frames.
@@ -350,7 +244,7 @@ def _sweep_in_order(path: str, wanted: set[int], take: Callable) -> dict[int, ob
     count, last = 0, max(wanted)
     with opened(path) as (container, stream):
         convert = _converter(stream)
-        for packet in _demux(container, stream):
+        for packet in demux(container, stream):
             for frame in _frames_of(packet):
                 if count in wanted and not frame.is_corrupt:
                     found[count] = take(count, functools.partial(convert, frame))

@@ -40,9 +40,10 @@ def encode(
     container_options=None,
     pixels="yuv420p",
     lose=0,
+    late=0,
 ):
     """Writes frames to a file; stamps: presentation times in milliseconds for a variable frame rate; lose: how many
-    frames an edit list cuts away at the beginning."""
+    frames an edit list cuts away at the beginning; late: by how many frames each is shown after it is decoded."""
     tick = Fraction(1, 1000) if stamps else Fraction(1, rate)
     with av.open(str(path), "w", format=fmt, options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
@@ -56,9 +57,15 @@ def encode(
         for number, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = stamps[number] if stamps else number, tick
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            container.mux(_later(stream.encode(frame), late))
+        container.mux(_later(stream.encode(), late))
     return cut_by_edit_list(path, lose, container_options) if lose else path
+
+
+def _later(packets, late):
+    for packet in packets:
+        packet.pts += late
+    return packets
 
 
 def cut_by_edit_list(path, frames, options):

@@ -3,18 +3,22 @@
 import errno
 import json
 import os
+import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxalign.data import index, patience, precomputed_source, readers, video
-from jaxalign.data.clips import Item, Source
+from jaxalign.data import frame_index, index, patience, pipeline, precomputed_source, readers, video
+from jaxalign.data.clips import Clip, Item, Source
 from jaxalign.data.faults import not_the_files
 from jaxalign.data.pipeline import GIVE_UP_AFTER, batches
 from jaxalign.data.sources import FileCache, folder
 from jaxalign.data.video import UnreadableVideo
+from jaxalign.training import interrupt
 
 SIZE = {"num_frames": 4, "height": 8, "width": 8}
 
@@ -30,7 +34,7 @@ def slept(monkeypatch):
     """The seconds that were waited, at once; nothing is known from other tests."""
     waits = []
     monkeypatch.setattr(patience, "_known", patience._Known())
-    monkeypatch.setattr(patience, "sleep", waits.append)
+    monkeypatch.setattr(patience, "sleep", lambda seconds, stop=None: waits.append(seconds))
     monkeypatch.setattr(index, "sleep", waits.append)
     return waits
 
@@ -79,6 +83,86 @@ def test_one_file_in_a_broken_place_is_replaced_and_waited_for_once(made, slept)
     assert not slept
 
 
+def test_a_part_of_a_disk_is_waited_for_once(made, slept, monkeypatch):
+    """Else each of its files costs all the waits, and the watchdog ends the run at the first batches."""
+    now = [1000.0]
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    data = made(lambda item: failed(f"{item}.mp4") if item % 4 == 0 else None)
+    assert sum(int(data[step]["substituted"].sum()) for step in range(5)) == 10
+    assert slept == list(patience.WAITS) and len(patience._known.given_up) == 1
+    now[0] += patience.QUIET + 1
+    data[5]
+    assert slept == 2 * list(patience.WAITS)
+    # What works now and then is away for good: it is waited for although others were not.
+    with pytest.raises(OSError, match="not within 168 s"):
+        made(lambda item: failed(f"{item}.mp4"))[0]
+    assert slept == 3 * list(patience.WAITS)
+    slept.clear()
+    away = [failed(f"{k}.mp4") for k in range(GIVE_UP_AFTER + 2)]
+    assert made(lambda item: away.pop() if away else None)[1]["substituted"].sum() == 1 and slept == [1]
+
+
+def test_a_batch_waits_for_all_its_files_together(slept):
+    """A disk that comes and goes: every file can be read in the end, after all the waits."""
+    left, tries = patience.Patience(), iter(range(1000))
+
+    def read():
+        if next(tries) % 7 < 6:
+            raise failed()
+        return "read"
+
+    assert [patience.patiently(read, left) for _ in range(3)] == ["read"] * 3  # 108 s each
+    assert slept == 3 * [1, 2, 5, 10, 30, 60] and left.left == 336 - 324
+    with pytest.raises(UnreadableVideo):
+        patience.patiently(read, left)
+    assert slept[18:] == [1, 2, 5] and not patience._known.given_up
+
+
+def test_what_was_given_up_costs_nobody_else_the_wait(made, slept):
+    """The first that could not be read was given up; the disk goes away for the next."""
+    patience._known.given_up.add("3.mp4")
+    away = [failed("4.mp4")]
+    data = made(lambda item: failed("3.mp4") if item == 3 else away.pop() if item == 4 and away else None)
+
+    def row(data, left):
+        return pipeline._row(data.source, data.windows, Clip(**SIZE), 0, 0, 3, left)
+
+    assert row(data, patience.Patience())["item"] == 4 and slept == [1]
+    gone = made(lambda item: failed(f"{item}.mp4"))
+    with pytest.raises(OSError, match="in a row cannot be read; the disk"):  # no word of seconds: none were waited
+        row(gone, patience.Patience(left=0))
+    patience._known.given_up.update(f"{k}.mp4" for k in range(40))
+    with pytest.raises(OSError, match="in a row cannot be read, not within 168 s"):
+        row(gone, patience.Patience())
+
+
+@pytest.mark.parametrize("ends", ["closed", "hurried"])
+def test_nothing_that_waits_keeps_a_process(made, monkeypatch, ends):
+    """Threads end with their stream, not after minutes; a signal ends their waits, not those of later streams."""
+    monkeypatch.setattr(patience, "_known", patience._Known())
+    waits, asleep = patience.WAITS, threading.Event()
+    monkeypatch.setattr(patience, "say_once", lambda text: asleep.set())
+    before = threading.active_count()
+    stream = made(lambda item: failed(f"{item}.mp4") if item % 4 == 0 else None).iterate()
+    assert asleep.wait(10)
+    began = time.monotonic()
+    if ends == "hurried":
+        patience.hurry()
+        assert next(stream)["substituted"].sum() <= 8 and not patience._known.given_up
+    stream.close()
+    while threading.active_count() > before and time.monotonic() < began + 5:
+        time.sleep(0.01)
+    assert threading.active_count() <= before and time.monotonic() < began + sum(waits[:2])
+    assert not patience.new_stop().is_set()
+
+
+def test_a_signal_ends_the_waits():
+    stop = patience.new_stop()
+    with interrupt.Interrupts(lambda line: None):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5)
+
+
 def test_what_stays_in_memory_is_not_what_failed_for_the_disk(monkeypatch):
     from jaxalign.data import sources
 
@@ -95,11 +179,11 @@ def test_packets_end_with_damage_and_not_with_a_disk(monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     container = SimpleNamespace(name="x.mkv", demux=demux)
-    monkeypatch.setattr(video, "disk_fault", lambda path: None)
-    assert list(video._demux(container, None)) == ["a packet"]
-    monkeypatch.setattr(video, "disk_fault", lambda path: OSError(errno.EIO, path))
+    monkeypatch.setattr(frame_index, "disk_fault", lambda path: None)
+    assert list(frame_index.demux(container, None)) == ["a packet"]
+    monkeypatch.setattr(frame_index, "disk_fault", lambda path: OSError(errno.EIO, path))
     with pytest.raises(OSError, match=r"x\.mkv"):
-        list(video._demux(container, None))
+        list(frame_index.demux(container, None))
 
 
 def test_a_shard_that_was_away_is_read_and_nobody_is_told_to_remove_it(tmp_path, monkeypatch, capsys):
@@ -111,9 +195,10 @@ def test_a_shard_that_was_away_is_read_and_nobody_is_told_to_remove_it(tmp_path,
     (tmp_path / f"{path.name}.json").write_text(json.dumps({"bytes": path.stat().st_size, "records": 3}))
     column = precomputed_source._Column(((str(path), 3),), (0, 3), "int16", (4,), np.arange(3))
     path.rename(tmp_path / "away")
-    with pytest.raises(UnreadableVideo, match=r"record 2 cannot be read .*No such file") as caught:
+    with pytest.raises(UnreadableVideo, match=r"array_record: record 2: cannot be read .*No such") as caught:
         precomputed_source._array(column, 2)
     assert isinstance(caught.value.__cause__, FileNotFoundError) and "remove" not in str(caught.value)
+    assert caught.value.path == f"{path}: record 2"  # what is given up is this record, not its shard
     (tmp_path / "away").rename(path)
     assert precomputed_source._array(column, 2).tolist() == [2] * 4  # a reader that failed would fail for ever
     assert "remove" not in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_headers_of_many_files_are_remembered(tmp_path, numbered, monkeypatch):
     assert [item.frames for item in folder(str(root)).items] == [12, 20, 12]
     assert sorted(probed) == [str(root / "1.mp4"), bad]  # threads: in any order
     file = index.cache_file(root)
-    assert json.loads(file.read_text())["version"] == 2 and len(list(file.parent.iterdir())) == 1
+    assert json.loads(file.read_text())["version"] == 3 and len(list(file.parent.iterdir())) == 1
     for broken in ("", "[]", '{"version": 1}', '{"version": 0, "files": {}}'):
         file.write_text(broken)
         assert [item.frames for item in folder(str(root)).items] == [12, 20, 12]

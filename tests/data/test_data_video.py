@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from jaxalign.data import video
+from jaxalign.data import frame_index, video
 from jaxalign.data.sources import demo
 from jaxalign.data.video import UnreadableVideo, cover_size, index_frames, probe, read_frames, read_span
 
@@ -22,6 +22,9 @@ KINDS = {
     "straight-uneven.mp4": STRAIGHT | {"stamps": UNEVEN},
     "straight-fragmented.mp4": STRAIGHT | {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
     "straight-edited.mp4": STRAIGHT | {"frames": 80, "lose": 20},
+    # Every frame is shown two (one) after it is decoded: a file's own index is looked at, and not taken.
+    "late.mp4": STRAIGHT | {"late": 2},
+    "late.mov": STRAIGHT | {"late": 1, "container_options": {"use_editlist": "0"}},
     "vp9.mp4": {"codec": "libvpx-vp9", "b_frames": 0, "options": {"deadline": "realtime", "cpu-used": "8"}},
     "b-frames.mp4": {"options": B_FRAMES},
     "open-gop.mp4": {"options": OPEN_GOP},
@@ -64,13 +67,15 @@ def test_frames_are_those_of_a_full_decode(kind, tmp_path, numbered):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.endswith(("mp4", "mov"))])
 def test_a_files_own_index_is_taken_where_it_is_exact_only(kind, tmp_path, numbered, monkeypatch):
-    path, packets, demux = str(numbered(tmp_path / kind, **KINDS[kind])), [], video._demux
-    monkeypatch.setattr(video, "_demux", lambda *of: (packets.append(packet) or packet for packet in demux(*of)))
-    taken = video._index.__wrapped__(path, None)
+    path, packets, demux = str(numbered(tmp_path / kind, **KINDS[kind])), [], frame_index.demux
+    monkeypatch.setattr(frame_index, "demux", lambda *of: (packets.append(packet) or packet for packet in demux(*of)))
+    taken = frame_index._index(path)
+    with av.open(path) as container:
+        assert taken.pts.tolist() == [frame.pts for frame in container.decode(video=0)]
     exact = kind in ("straight.mp4", "straight.mov", "straight-uneven.mp4", "vp9.mp4")
     assert (len(packets) <= 8) == exact  # not the whole file
-    monkeypatch.setattr(video, "_listed", lambda *of: None)
-    asked = video._index.__wrapped__(path, None)
+    monkeypatch.setattr(frame_index, "_listed", lambda *of: None)
+    asked = frame_index._index(path)
     for name in ("pts", "seek", "key"):
         np.testing.assert_array_equal(getattr(taken, name), getattr(asked, name))
     assert taken.by_order == asked.by_order
@@ -86,20 +91,20 @@ def test_an_index_that_its_packets_belie_is_not_taken(tmp_path, numbered, monkey
     with video.opened(path) as (container, stream):
         fake = type("Stream", (), {"index_entries": stream.index_entries, "frames": stream.frames})
         fake.codec_context = Lying
-        monkeypatch.setattr(video, "_demux", lambda *_: container.demux(stream))
-        assert video._listed(path, container, fake) is None
+        monkeypatch.setattr(frame_index, "demux", lambda *_: container.demux(stream))
+        assert frame_index._listed(path, container, fake) is None
 
 
 def test_threads_wait_for_one_reading_of_a_file(tmp_path, numbered, monkeypatch):
     path = str(numbered(tmp_path / "a.mp4"))
-    readings, genuine = [], video._packets
+    readings, genuine = [], frame_index.whole_packets
 
-    def slowly(*of):
+    def slowly(path):
         readings.append(path)
         time.sleep(0.1)
-        return genuine(*of)
+        return genuine(path)
 
-    monkeypatch.setattr(video, "_packets", slowly)
+    monkeypatch.setattr(frame_index, "whole_packets", slowly)
     with ThreadPoolExecutor(4) as pool:
         assert {len(index) for index in pool.map(index_frames, [path] * 4)} == {60}
     assert len(readings) == 1
