@@ -25,6 +25,7 @@ import functools
 import itertools
 import json
 import os
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -49,6 +50,7 @@ from jaxalign.training import config as config_lib
 from jaxalign.training.data_settings import clip_settings
 from jaxalign.training.makers import DTYPES, WHAT, Options, about, announce, claim, makers, networks, stored
 from jaxalign.training.mesh import batch_sharding, make_mesh
+from jaxalign.training.report import printable
 
 MOST_THREADS = 32  # where nobody says how many: each holds files and a clip, and a disk feeds few more
 WAITING_BYTES = 4 << 30  # of clips that are being decoded, or are and wait
@@ -56,7 +58,7 @@ LOOK_EVERY = 2.0  # seconds, for what other processes make
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(printable(line, getattr(sys.stdout, "encoding", None)), flush=True)
 
 
 def precompute(

@@ -72,7 +72,8 @@ def write_atomic(path: Path, text: str) -> None:
     """
     temporary = unfinished(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        # Names of files may hold bytes that are not UTF-8; escaped, they are what JSON reads back.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -51,7 +51,10 @@ class Interrupts:
     def _remember(self, number, frame) -> None:
         self.signal = number
         signal.signal(number, self._before[number])
-        hurry()  # a machine that is taken away leaves less time than a batch waits for a disk
+        # A machine that is taken away leaves less time than a batch waits for a disk. Of several processes none can
+        # save without its batch: there the disk may be back in time.
+        if jax.process_count() == 1:
+            hurry()
         self.say(f"{self.name}: finishing this step and saving; once more to stop at once")
 
 

@@ -1,6 +1,6 @@
 """One run in a workdir at a time: two would remove and rename each other's checkpoints.
 
-    WORKDIR/.lock     held by process 0 while it runs, and who that is: {"host", "pid", "job", "starts"}
+    WORKDIR/.lock     held by process 0 while it runs, and who that is: {"host", "boot", "pid", "job", "starts"}
 
 The system lets go of it with the process, however that ends. A disk of a network does so for a machine that is gone
 after a while only, or never. On some disks (a bucket's) it is seen on the same machine alone.
@@ -71,7 +71,7 @@ def _take(path: Path, say: Callable[[str], None]) -> int:
             continue
         who = _said(holder)
         if until is None:
-            elsewhere = bool(holder) and holder.get("host") != me["host"]
+            elsewhere = bool(holder) and any(holder.get(name) != me[name] for name in ("host", "boot"))
             # One that has not said who it is yet does so at once.
             until = time.monotonic() + (PATIENCE if elsewhere else 0 if holder else 5)
             if elsewhere:
@@ -89,10 +89,18 @@ def _me() -> dict[str, Any]:
     starts = os.environ.get("SLURM_RESTART_COUNT", "")
     return {
         "host": socket.gethostname(),
+        "boot": _boot(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "starts": int(starts) if starts.isdigit() else 0,
     }
+
+
+def _boot() -> str:
+    """Which start of a machine this is: one that took another's place may have its name."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def _said(holder: Mapping[str, Any]) -> str:

@@ -227,6 +227,9 @@ def _train(
                         checkpoints.wait()
                         behind = f"behind {said_step(checkpoints.last_good)}; the same command goes on from there"
                         report.say(f"there is no data for step {number}; saved {behind}")
+                    if interrupts and jax.process_count() == 1 and (checkpoints.last_good or 0) == number - 1:
+                        report.say(f"stopped by {interrupts.name}")  # which also ends waiting for a disk
+                        return interrupts.status
                     raise
                 substitutes.note(data.names(host["index"][host["substituted"]]), len(host["index"]))
                 parts = task_parts(host).items()
@@ -261,7 +264,7 @@ def _train(
                     dog.rest()
                     save(number, state)
                     dog.alive()
-                if number % min(config.eval_every, config.sample_every) == 0 or number == config.steps:
+                if is_looked_at(config, number):
                     dog.rest()
                     with watch.paused():
                         look(state, number, batch)
@@ -381,6 +384,11 @@ def describe(config: ml_collections.ConfigDict, run: setup.Run) -> dict[str, str
             against = f"teacher {' + '.join(a.teachers)}: tokens {a.grid}, width {a.head.teacher_width}"
         facts[f"alignment {a.name}"] = f"{a.method}, weight {start:g}, after block {a.depth} (0-based); {against}"
     return facts if run.task.alignments else facts | {"alignment": "none: plain denoising"}
+
+
+def is_looked_at(config: ml_collections.ConfigDict, number: int) -> bool:
+    """Whether the run is looked at behind step `number`."""
+    return 0 in (number % config.eval_every, number % config.sample_every) or number == config.steps
 
 
 def skip_or_stop(config, number: int, values: dict, clips: list[str], checkpoints: Checkpoints, report: Report) -> None:

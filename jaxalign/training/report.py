@@ -94,6 +94,12 @@ def first_screen(trees: Mapping[str, Any], *, mesh: Mesh | None = None, facts: M
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 
+def printable(text: str, encoding: str | None = None) -> str:
+    """The text as a stream of that encoding takes it: names of files need not be UTF-8, and screens may be ASCII."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class _Screen:
     """A text stream that may break (a closed pipe, a full disk behind it): what it refuses is counted and forgotten.
 
@@ -110,7 +116,7 @@ class _Screen:
 
     def write(self, text: str) -> int:
         try:
-            self._stream.write(text)
+            self._stream.write(printable(text, getattr(self._stream, "encoding", None)))
         except OSError as error:
             self._refused(error)
         return len(text)
@@ -197,7 +203,7 @@ class Report:
         with (
             self._lock,
             self.writing("log.txt"),
-            open(self.workdir / "log.txt", "a", encoding="utf-8") as log,
+            open(self.workdir / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as log,
         ):
             log.writelines(f"{stamp}  {line}\n" for line in text.splitlines())
 

@@ -1,5 +1,6 @@
 """What a run shows of itself: sampled videos, and where its tokens find a point again."""
 
+import contextlib
 import hashlib
 import math
 import zipfile
@@ -135,6 +136,8 @@ class Correspondence:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(path, tokens=self.initial, clip=self._clip())
         except OSError as error:  # a full disk: a picture is not worth a run
+            with contextlib.suppress(OSError):
+                path.unlink()
             self.note = f"warning: {path} could not be written ({error.strerror}); figures will not show step 0"
 
     def _read(self, path: Path) -> None:
@@ -148,7 +151,7 @@ class Correspondence:
                     self.initial = kept["tokens"]
                 else:
                     self.note = f"figures will not show step 0: {path} is of another clip than the first held-out one"
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             self.note = f"figures will not show step 0: {path} cannot be read"
 
     def _tokens(self, trainable, frozen, batch):

@@ -36,8 +36,7 @@ class Substitutes:
         if not new:
             return
         for name in new[: max(SAID - said, 0)]:
-            shown = name.encode(errors="backslashreplace").decode()
-            self._say(f"warning: {shown} cannot be read; another clip stands in. Such videos are named in {self._path}")
+            self._say(f"warning: {name} cannot be read; another clip stands in. Such videos are named in {self._path}")
         try:
             # Names of files need not be UTF-8; Python has surrogates in them then.
             with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:

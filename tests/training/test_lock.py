@@ -65,7 +65,7 @@ def test_a_second_run_is_told_who_is_there(tmp_path, monkeypatch):
 
 
 def test_a_killed_run_holds_nothing(tmp_path, held_by):
-    process = held_by(host=lock.socket.gethostname(), pid=5)
+    process = held_by(host=lock.socket.gethostname(), boot=lock._boot(), pid=5)
     with pytest.raises(ValueError, match="process 5 on "), lock.alone_in(tmp_path):
         pass
     process.send_signal(signal.SIGKILL)
@@ -74,11 +74,13 @@ def test_a_killed_run_holds_nothing(tmp_path, held_by):
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
 
 
-def test_a_machine_that_is_gone_is_waited_for(tmp_path, held_by, monkeypatch):
-    process, lines = held_by(host="elsewhere", pid=5), []
+@pytest.mark.parametrize("host", ["elsewhere", lock.socket.gethostname()])
+def test_a_machine_that_is_gone_is_waited_for(tmp_path, held_by, monkeypatch, host):
+    """Also where another one has its name: it was started another time."""
+    process, lines = held_by(host=host, boot="before", pid=5), []
     monkeypatch.setattr(lock.time, "sleep", lambda seconds: (process.kill(), process.wait()))
     with lock.alone_in(tmp_path, say=lines.append):
-        assert len(lines) == 1 and "held by process 5 on elsewhere; waiting 100 s" in lines[0]
+        assert len(lines) == 1 and f"held by process 5 on {host}; waiting 100 s" in lines[0]
     held_by(host="elsewhere", pid=6)
     monkeypatch.setattr(lock, "PATIENCE", 0)
     with pytest.raises(ValueError, match=r"process 6 on elsewhere.* remove .*\.lock"), lock.alone_in(tmp_path):

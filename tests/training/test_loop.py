@@ -174,6 +174,11 @@ def test_sigterm_and_data_that_end_save_and_say_so(tmp_path, monkeypatch, capsys
     assert_same_end(whole, zero)
 
 
+def test_every_period_counts():
+    config = small(steps=500, sample_every=250, eval_every=100)
+    assert [n for n in range(1, 501) if loop.is_looked_at(config, n)] == [100, 200, 250, 300, 400, 500]
+
+
 def test_another_config_is_refused_and_nothing_is_touched(undisturbed):
     before = (undisturbed / "config.json").read_bytes()
     with pytest.raises(ValueError, match="seed: 0 there, 1 here"):

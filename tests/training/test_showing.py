@@ -38,3 +38,8 @@ def test_a_full_disk_costs_the_panel_and_not_the_run(figure, tmp_path):
     figure.initial = np.ones(3)
     figure._keep(tmp_path / "figures" / "tokens_000000.npz")
     assert "will not show step 0" in figure.note
+    for name in ("half.npz", "half.npy"):
+        (tmp_path / name).touch()
+        figure._read(tmp_path / "half.npz")
+        assert "cannot be read" in figure.note
+        (tmp_path / "half.npz").unlink(missing_ok=True)

@@ -1,5 +1,9 @@
 """Clips that others stand in for: named once, counted, and no end of a run."""
 
+import io
+import json
+
+from jaxalign.training.report import Report
 from jaxalign.training.substitutes import SAID, Substitutes
 
 
@@ -23,7 +27,12 @@ def test_neither_a_name_nor_a_disk_ends_the_run(tmp_path):
     substitutes = Substitutes(tmp_path, said.append)
     substitutes.note(["caf\udce9.mp4"], 1)  # as Python reads a name that is not UTF-8
     assert (tmp_path / "unreadable_0.txt").read_bytes() == b"caf\xe9.mp4\n"
-    assert said[0].encode() and "caf" in said[0]
+    assert "caf" in said[0]
+    with Report(tmp_path, screen=io.TextIOWrapper(io.BytesIO(), encoding="ascii")) as report:
+        report.say(said[0])
+        report.summary({"unreadable_clips": substitutes.of_all()})
+    assert "caf\\udce9.mp4" in (tmp_path / "log.txt").read_text()
+    assert json.loads((tmp_path / "summary.json").read_text())["unreadable_clips"] == {"caf\udce9.mp4": 1}
     lost = Substitutes(tmp_path / "gone", said.append)
     lost.note(["a.mp4"], 1)
     assert "could not be written" in said[-1]
